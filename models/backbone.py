@@ -1,0 +1,96 @@
+"""Backbone: a pretrained encoder, its exact preprocessing, and its ordered blocks."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import pathlib
+
+import keras
+
+from models.names import check_backbone_name
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagePreprocess:
+    """How decoded pixels become encoder input; the values are the checkpoint's own, not ours.
+
+    Steps, in this order: central crop, resize to `image_size`, then `(pixel - mean) / deviation`
+    on RGB pixels in 0 to 255.
+    """
+
+    image_size: tuple[int, int]  # height, width in pixels
+    aspect: str = "crop"  # "crop": central crop to the target's shape; "stretch": ignore the shape
+    crop_share: float = 1.0  # share of the largest such central crop that is kept
+    interpolation: str = "bilinear"  # a tf.image.ResizeMethod value
+    antialias: bool = False
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # per channel, 0 to 255
+    deviation: tuple[float, float, float] = (1.0, 1.0, 1.0)  # per channel, 0 to 255
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """One residual, MBConv or transformer unit: a name and its layers, bottom to top."""
+
+    name: str
+    layers: tuple[keras.layers.Layer, ...]
+
+    @property
+    def weights(self) -> list[keras.Variable]:
+        return [weight for layer in self.layers for weight in layer.weights]
+
+
+@dataclasses.dataclass
+class Backbone:
+    """A pretrained encoder and what must be known to feed, freeze and describe it."""
+
+    name: str
+    encoder: keras.Model  # flat functional graph: preprocessed input -> features
+    preprocess: ImagePreprocess
+    blocks: list[Block]  # bottom to top; block 0 holds the stem, the last one what follows the last unit
+    feature_size: int  # width of the pooled features
+    source_head: tuple | None = None  # the original classifier: (kernel [feature_size, n], bias [n])
+    source: dict = dataclasses.field(default_factory=dict)  # package, version, file, sha256, licence, url
+
+    def __post_init__(self):
+        check_blocks(self.name, self.encoder, self.blocks)
+
+    def pooled(self, features):
+        """Encoder output [batch, height, width, feature_size] -> [batch, feature_size]."""
+        return keras.ops.mean(features, axis=(1, 2))
+
+
+def check_blocks(name: str, encoder: keras.Model, blocks: list[Block]) -> None:
+    """Raise ValueError unless the blocks hold every weight of the encoder exactly once.
+
+    A weight outside every block could never be frozen or thawed, and one in two blocks would get
+    two learning rates, so a partition that is not exact is a bug of the loader.
+    """
+    counts = collections.Counter(id(weight) for block in blocks for weight in block.weights)
+    missing = [weight.path for weight in encoder.weights if counts[id(weight)] == 0]
+    twice = [weight.path for weight in encoder.weights if counts[id(weight)] > 1]
+    foreign = len(counts) - len(encoder.weights) + len(missing)
+    if missing or twice or foreign:
+        raise ValueError(
+            f"The blocks of backbone {name} must hold each of its {len(encoder.weights)} weights exactly once. "
+            f"In no block: {missing[:5]}. In several: {twice[:5]}. Not the encoder's: {foreign}."
+        )
+
+
+def load_backbone(name: str) -> Backbone:
+    """Load a pretrained backbone.
+
+    Args:
+        name: an offline name (`efficientnet_lite0`), or a folder that holds a KerasHub preset.
+
+    Raises:
+        GraftError: nothing by that name; says what was looked for and which offline names exist.
+    """
+    if name == "efficientnet_lite0":
+        from models.efficientnet_lite import load_efficientnet_lite0
+
+        return load_efficientnet_lite0()
+    check_backbone_name(name)
+    from models.kerashub import load_preset_folder  # keras_hub takes seconds to import
+
+    return load_preset_folder(pathlib.Path(name))
