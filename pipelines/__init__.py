@@ -1,0 +1,1 @@
+"""The story: data, training, reports and the scripts. May import `models` and `serving`."""

@@ -1,0 +1,270 @@
+"""The dataclasses behind every flag, and the command line and YAML file that fill them.
+
+A field is a flag (`head_epochs` is `--head-epochs`), its docstring the help text. tyro turns the
+dataclasses into the command line: dashes, groups, suggestions for mistyped flags, 0.15 s for --help.
+No TensorFlow here, so that --help and bad flags answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from typing import Annotated, Literal
+
+import tyro
+import yaml
+
+from models import GraftError
+
+
+@dataclasses.dataclass
+class InputOptions:
+    """What to learn from."""
+
+    data: str = "textures"
+    """Folder of class folders, folder of {train,val,test}/class folders, or an offline set: textures, digits."""
+    min_per_class: int = 0
+    """Leave out classes with fewer examples than this (0: stop with an error at a class that has only one)."""
+
+
+@dataclasses.dataclass
+class ModelOptions:
+    """What to start from, and how much of it to train."""
+
+    backbone: str = "efficientnet_lite0"
+    """Offline name (efficientnet_lite0) or the folder of a KerasHub EfficientNet preset."""
+    image_size: int = 0
+    """Side of the model's square input, pixels (0: the backbone's native size)."""
+    depth: str = "2"
+    """Blocks to fine-tune in phase 2: head (none), a number counted from the top, or full."""
+    dropout: float = 0.2
+    """Share of pooled features dropped in training, 0 to 1."""
+    train_batch_norm: bool = False
+    """Also train BatchNorm layers of thawed blocks. Off: their batch statistics are noise on small data."""
+
+
+@dataclasses.dataclass
+class HeadOptions:
+    """Phase 1: the backbone frozen, only the new head trains."""
+
+    head_epochs: int = 8
+    """Most epochs of phase 1."""
+    head_learning_rate: float = 1e-3
+    """Learning rate of the head in phase 1."""
+
+
+@dataclasses.dataclass
+class FineTuneOptions:
+    """Phase 2: the top blocks too. Block d below the head learns at rate * 0.1 * 0.8^(d-1)."""
+
+    fine_tune_epochs: int = 4
+    """Most epochs of phase 2."""
+    fine_tune_learning_rate: float = 1e-3
+    """Learning rate of the head in phase 2; blocks get less, by the formula above."""
+    augmentation: Literal["none", "flip-crop"] = "flip-crop"
+    """Random changes to training images in phase 2: left-right flips and crops, or none."""
+
+
+@dataclasses.dataclass
+class TrainingOptions:
+    """Both phases."""
+
+    batch_size: int = 32
+    """Examples per update, over all devices."""
+    accumulation_steps: int = 1
+    """Compute each batch in so many parts: the same update with less memory."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw, or sgd with Nesterov momentum 0.9."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Learning rate over a phase."""
+    warmup: float = 0.1
+    """Share of a phase's steps in which the rate rises from 0 (cosine only)."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay; never on biases and norms."""
+    clip_norm: float = 1.0
+    """Global norm to which gradients are clipped (0: no clipping)."""
+    label_smoothing: float = 0.0
+    """Share of each label spread over all classes, 0 to 1."""
+    class_weights: Literal["none", "balanced"] = "none"
+    """balanced: each class weighs the same in the loss, however many examples it has."""
+    patience: int = 3
+    """Stop a phase after so many epochs without a better validation loss; the best weights are kept."""
+    distribute: Literal["none", "mirrored"] = "none"
+    """mirrored: all local GPUs, or --devices."""
+    devices: tuple[str, ...] = ()
+    """Devices for mirrored, such as GPU:0 GPU:1 (none named: all local GPUs)."""
+    seed: int = 0
+    """Same seed, same command, same machine: same figures."""
+
+
+@dataclasses.dataclass
+class ReportOptions:
+    """What is measured and shown."""
+
+    positive: str = ""
+    """For two classes, the one to find: adds sensitivity at --specificity."""
+    specificity: float = 0.9
+    """Specificity at which sensitivity is reported, 0 to 1."""
+    report_inputs: Literal["all", "none"] = "all"
+    """Show the worst mistakes as pictures in the report, or by id only."""
+
+
+@dataclasses.dataclass
+class RunOptions:
+    """Where results go."""
+
+    out: str = ""
+    """Run folder (empty: runs/NAME OF THE DATA, then -2, -3); never overwritten."""
+    config: str = ""
+    """YAML file with any of these flags (head_epochs: 8); flags on the command line win."""
+    print_config: bool = False
+    """Print the configuration as YAML and stop."""
+
+
+def flat(options):
+    """A group of options whose flags carry no prefix."""
+    return Annotated[options, tyro.conf.OmitArgPrefixes]
+
+
+@dataclasses.dataclass
+class ImageConfig:
+    """Fine-tune a pretrained image model on your pictures, and export it for TensorFlow Serving.
+
+    Phase 1 trains a new head on the frozen backbone; phase 2 trains the top blocks too, slower.
+    Start with: graft image --data photos/   (one folder of images per class)
+    """
+
+    input: flat(InputOptions) = dataclasses.field(default_factory=InputOptions)
+    model: flat(ModelOptions) = dataclasses.field(default_factory=ModelOptions)
+    head: flat(HeadOptions) = dataclasses.field(default_factory=HeadOptions)
+    fine_tune: flat(FineTuneOptions) = dataclasses.field(default_factory=FineTuneOptions)
+    training: flat(TrainingOptions) = dataclasses.field(default_factory=TrainingOptions)
+    report: flat(ReportOptions) = dataclasses.field(default_factory=ReportOptions)
+    run: flat(RunOptions) = dataclasses.field(default_factory=RunOptions)
+
+
+def parse_config(argv: list[str], config_class=ImageConfig, prog: str = "graft image"):
+    """Command line (and the YAML file it names) -> a checked configuration.
+
+    Exits with 2 on an unknown flag or a value of the wrong type, with 0 after --help and --print-config.
+
+    Raises:
+        GraftError: values out of range, all of them in one message; an unreadable YAML file.
+    """
+    default = config_class()
+    for position, word in enumerate(argv):
+        if word == "--config" and position + 1 < len(argv):
+            default = read_config(pathlib.Path(argv[position + 1]), config_class)
+        elif word.startswith("--config="):
+            default = read_config(pathlib.Path(word.partition("=")[2]), config_class)
+    config = tyro.cli(config_class, args=argv, prog=prog, default=default)
+    check_config(config)
+    if config.run.print_config:
+        print(config_yaml(config), end="")
+        sys.exit(0)
+    return config
+
+
+def flat_config(config) -> dict:
+    """The configuration as one flat dict: flag name with underscores -> value."""
+    flat_dict = {}
+    for group in dataclasses.fields(config):
+        flat_dict.update(dataclasses.asdict(getattr(config, group.name)))
+    for about_this_command in ("config", "print_config"):
+        flat_dict.pop(about_this_command)
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat_dict.items()}
+
+
+def config_yaml(config) -> str:
+    """The configuration as YAML that --config reads back."""
+    return yaml.safe_dump(flat_config(config), sort_keys=False, allow_unicode=True)
+
+
+def read_config(path: pathlib.Path, config_class=ImageConfig):
+    """A configuration from a YAML file of flags; what it does not name keeps its default.
+
+    Raises:
+        GraftError: no such file, not a YAML mapping, or keys that are no flags; lists the known ones.
+    """
+    try:
+        values = yaml.safe_load(path.read_text()) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise GraftError(f"Configuration {path} could not be read: {error}. Give a YAML file of flags.") from error
+    if not isinstance(values, dict):
+        raise GraftError(f"Configuration {path} must be a YAML mapping such as `head_epochs: 8`, not {values!r}.")
+    values = {str(name).replace("-", "_"): value for name, value in values.items()}
+    if isinstance(values.get("depth"), int):
+        values["depth"] = str(values["depth"])  # YAML reads `depth: 2` as a number
+    config = config_class()
+    known = flat_config(config)
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise GraftError(f"Configuration {path} holds unknown keys: {unknown}. Known: {', '.join(known)}.")
+    wrong = [f"{name}: {value!r}" for name, value in values.items() if not _same_type(value, known[name])]
+    if wrong:
+        raise GraftError(
+            f"Configuration {path} holds values of the wrong type: {', '.join(wrong)}. "
+            f"Their defaults are {', '.join(f'{name}: {known[name]!r}' for name in values if name in known)}."
+        )
+    for group in dataclasses.fields(config):
+        options = getattr(config, group.name)
+        for field in dataclasses.fields(options):
+            if field.name in values:
+                value = values[field.name]
+                setattr(options, field.name, tuple(value) if isinstance(value, list) else value)
+    return config
+
+
+def _same_type(value, default) -> bool:
+    if isinstance(default, bool) or isinstance(value, bool):
+        return isinstance(value, bool) and isinstance(default, bool)
+    if isinstance(default, float):
+        return isinstance(value, (int, float))
+    return isinstance(value, type(default))
+
+
+def check_config(config) -> None:
+    """Raise GraftError that lists every value out of range."""
+    values = flat_config(config)
+    problems = [
+        f"--{name.replace('_', '-')} is {values[name]!r}, expected {expected}"
+        for names, holds, expected in RANGES
+        for name in names
+        if not holds(values[name])
+    ]
+    try:
+        depth_blocks(config.model.depth)
+    except GraftError as error:
+        problems.append(str(error))
+    if problems:
+        raise GraftError("; ".join(problems))
+
+
+RANGES = (  # flags, what must hold, how to say it
+    (("head_epochs", "batch_size", "accumulation_steps", "patience"), lambda v: v >= 1, "1 or more"),
+    (("fine_tune_epochs", "image_size", "min_per_class", "seed"), lambda v: v >= 0, "0 or more"),
+    (("weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
+    (("head_learning_rate", "fine_tune_learning_rate"), lambda v: v > 0, "more than 0"),
+    (("dropout", "label_smoothing", "warmup"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
+    (("specificity",), lambda v: 0 < v < 1, "between 0 and 1"),
+    (("optimizer",), lambda v: v in ("adamw", "sgd"), "adamw or sgd"),
+    (("schedule",), lambda v: v in ("cosine", "constant"), "cosine or constant"),
+    (("augmentation",), lambda v: v in ("none", "flip-crop"), "none or flip-crop"),
+    (("class_weights",), lambda v: v in ("none", "balanced"), "none or balanced"),
+    (("distribute",), lambda v: v in ("none", "mirrored"), "none or mirrored"),
+    (("report_inputs",), lambda v: v in ("all", "none"), "all or none"),
+)
+
+
+def depth_blocks(depth: str) -> int | None:
+    """--depth as a number of blocks: head -> 0, full -> None, else the number.
+
+    Raises:
+        GraftError: any other word.
+    """
+    if depth in ("head", "full"):
+        return 0 if depth == "head" else None
+    if str(depth).isdecimal() and int(depth) >= 1:
+        return int(depth)
+    raise GraftError(f"--depth is {depth!r}, expected head, a number of blocks counted from the top, or full")

@@ -1,0 +1,350 @@
+"""Folders of images and offline sets -> Splits; and the only maker of tf.data."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import hashlib
+import pathlib
+
+import numpy as np
+import pyarrow as pa
+
+from models import GraftError, offline
+
+SPLIT_NAMES = ("train", "val", "test")
+VAL_SHARE = TEST_SHARE = 0.15
+OFFLINE_IMAGE_SETS = tuple(name for name, entry in offline.DATA.items() if entry["kind"] == "image")
+# What counts as an image by its name. Kinds that inputs.py refuses are here too: they are reported
+# with the reason, where silence would leave a class half empty.
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .png .gif .bmp .webp .tif .tiff .dcm .heic .heif .avif .jxl".split()
+)
+
+
+@dataclasses.dataclass
+class Splits:
+    """A labelled dataset, split.
+
+    Each table has the columns id (content hash), path, label (index into class_names), group
+    (what must stay in one split; here the content hash) and weight.
+    """
+
+    train: pa.Table
+    val: pa.Table
+    test: pa.Table
+    class_names: list[str]
+    fingerprint: str  # of ids, labels and splits together
+    white_level: int  # white of 16-bit images: 255, 1023, 4095 or 65535
+    skipped: list[dict]  # path, reason
+    warnings: list[str]
+
+    def __iter__(self):
+        return iter((self.train, self.val, self.test))
+
+
+# ---------------------------------------------------------------- finding files
+
+
+def find_images(data: str) -> list[tuple[str, str, str]]:
+    """List the images of a folder or an offline set as (split or "", class name, path), sorted by path.
+
+    Layouts: FOLDER/class/... or FOLDER/{train,val,test}/class/... ("valid", "validation" are read as val).
+    Needs no TensorFlow, so that a wrong folder answers at once.
+
+    Raises:
+        GraftError: no such folder or offline set, no images, images outside class folders, one class only.
+    """
+    if data in OFFLINE_IMAGE_SETS and not pathlib.Path(data).exists():
+        folder = offline.image_data_folder(data)
+    else:
+        folder = pathlib.Path(data)
+    if not folder.is_dir():
+        raise GraftError(
+            f"--data {data}: there is no such folder. Give a folder with one folder of images per class, "
+            f"or an offline set: {', '.join(OFFLINE_IMAGE_SETS)}."
+        )
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+    if not paths:
+        raise GraftError(
+            f"--data {data}: no images in this folder. Expected one folder per class that holds "
+            f"{', '.join(sorted(IMAGE_SUFFIXES)[:3])}, ... files, such as {folder}/cat/1.jpg."
+        )
+    aliases = {"valid": "val", "validation": "val", **{name: name for name in SPLIT_NAMES}}
+    first_folders = {path.relative_to(folder).parts[0] for path in paths}
+    has_splits = first_folders <= set(aliases) and "train" in first_folders
+    depth = 2 if has_splits else 1
+    found = []
+    for path in paths:
+        parts = path.relative_to(folder).parts
+        if len(parts) <= depth:
+            raise GraftError(
+                f"{path} is in no class folder. Expected {folder}/"
+                f"{'train/' if has_splits else ''}CLASS/{path.name}: move it into the folder of its class."
+            )
+        found.append((aliases[parts[0]] if has_splits else "", parts[depth - 1], str(path)))
+    classes = {label for _, label, _ in found}
+    if len(classes) < 2:
+        raise GraftError(
+            f"--data {data}: only one class, {classes.pop()!r}. A classifier needs at least two: "
+            f"one folder of images per class."
+        )
+    return found
+
+
+def drop_small_classes(found: list[tuple[str, str, str]], min_per_class: int) -> tuple[list, list[str]]:
+    """Leave out classes with fewer than `min_per_class` images; 0 stops at a class that has only one.
+
+    Returns:
+        What is left, and the names of the classes left out.
+
+    Raises:
+        GraftError: a class with one image and min_per_class 0; fewer than two classes left.
+    """
+    counts = collections.Counter(label for _, label, _ in found)
+    if not min_per_class:
+        single = sorted(label for label, count in counts.items() if count < 2)
+        if single:
+            raise GraftError(
+                f"{'Class' if len(single) == 1 else 'Classes'} {', '.join(single)} "
+                f"{'has' if len(single) == 1 else 'have'} one image; training and testing need at least two. "
+                f"Add images, or leave such classes out with --min-per-class 2."
+            )
+        return found, []
+    dropped = sorted(label for label, count in counts.items() if count < min_per_class)
+    if len(counts) - len(dropped) < 2:
+        raise GraftError(
+            f"--min-per-class {min_per_class} leaves {len(counts) - len(dropped)} of {len(counts)} classes; "
+            f"at least two are needed. The largest class has {max(counts.values())} images."
+        )
+    return [row for row in found if row[1] not in dropped], dropped
+
+
+# ---------------------------------------------------------------- reading and splitting
+
+
+def load_images(found: list[tuple[str, str, str]], min_per_class: int = 0) -> Splits:
+    """Inspect every image, leave out what cannot be read, and split.
+
+    Args:
+        found: as `find_images` gives it.
+
+    Raises:
+        GraftError: more unreadable files than max(1%, 3), or a class that loses all but one image.
+    """
+    from models import inputs  # TensorFlow
+
+    found, dropped = drop_small_classes(found, min_per_class)
+    paths = [path for _, _, path in found]
+    facts = inputs.inspect_images(paths)
+    skipped = [{"path": path, "reason": fact["error"]} for path, fact in zip(paths, facts) if fact["error"]]
+    limit = max(len(paths) // 100, 3)
+    if len(skipped) > limit:
+        listed = "\n".join(f"  {row['path']}: {row['reason']}" for row in skipped[:10])
+        raise GraftError(
+            f"{len(skipped)} of {len(paths)} images cannot be read; up to {limit} are skipped. "
+            f"Repair or remove them:\n{listed}" + ("\n  ..." if len(skipped) > 10 else "")
+        )
+    kept = [(row, fact) for row, fact in zip(found, facts) if not fact["error"]]
+    left, _ = drop_small_classes([row for row, _ in kept], min_per_class)
+    left_classes = {label for _, label, _ in left}
+    kept = [(row, fact) for row, fact in kept if row[1] in left_classes]
+    class_names = sorted(left_classes)
+
+    warnings = []
+    if dropped:
+        warnings.append(f"{len(dropped)} classes with fewer than {min_per_class} images were left out: {dropped}.")
+    if skipped:
+        warnings.append(f"{len(skipped)} files could not be read and were skipped (skipped.csv says why).")
+    rotated = sum(fact["exif_orientation"] not in (0, 1) for _, fact in kept)
+    if rotated:
+        warnings.append(
+            f"{rotated} images carry an EXIF rotation. It is ignored, in training and in serving alike: "
+            f"rotate the pixels if up matters."
+        )
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        ids = list(pool.map(content_id, [row[2] for row, _ in kept]))
+    rows = [
+        {"id": identity, "path": row[2], "label": class_names.index(row[1]), "group": identity, "split": row[0]}
+        for (row, _), identity in zip(kept, ids)
+    ]
+    tables = make_splits(rows, class_names, warnings)
+    peak = max((fact["peak"] for _, fact in kept), default=0)
+    return Splits(
+        **tables,
+        class_names=class_names,
+        fingerprint=fingerprint(tables),
+        white_level=inputs.white_level_for(peak),
+        skipped=skipped,
+        warnings=warnings,
+    )
+
+
+def content_id(path: str) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file's bytes."""
+    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
+
+
+def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -> dict[str, pa.Table]:
+    """Give every row without a split one, and return the three tables.
+
+    Given splits are kept; of those missing, val and test, each takes 15% of the train rows per class,
+    by order of content hash, so that the outcome depends on nothing but the content. Rows of one
+    group stay together. Adds to `warnings` what the user should know about duplicates.
+    """
+    given = {row["split"] for row in rows} - {""}
+    make_test, make_val = "test" not in given, "val" not in given
+    movable = [row for row in rows if row["split"] in ("", "train")]
+    by_class = collections.defaultdict(lambda: collections.defaultdict(list))
+    for row in movable:
+        by_class[row["label"]][row["group"]].append(row)
+    for groups in by_class.values():
+        names = sorted(groups)
+        share = len(names) * VAL_SHARE
+        test_count = max(1, round(share)) if make_test and len(names) > 1 else 0
+        # A class of two trains with one and tests with the other: validation can do without it.
+        val_count = max(1, round(share)) if make_val and len(names) - test_count > 1 else 0
+        for index, name in enumerate(names):
+            split = "test" if index < test_count else "val" if index < test_count + val_count else "train"
+            for row in groups[name]:
+                row["split"] = split
+    # A group that sits in several classes (equal images, different labels) must not straddle splits either.
+    first_split = {}
+    for row in movable:
+        row["split"] = first_split.setdefault(row["group"], row["split"])
+    _warn_of_duplicates(rows, class_names, warnings)
+    schema = pa.schema(
+        [("id", pa.string()), ("path", pa.string()), ("label", pa.int64()), ("group", pa.string()), ("weight", pa.float32())]
+    )
+    return {
+        name: pa.Table.from_pylist(
+            [{**row, "weight": 1.0} for row in rows if row["split"] == name], schema=schema
+        )
+        for name in SPLIT_NAMES
+    }
+
+
+def _warn_of_duplicates(rows: list[dict], class_names: list[str], warnings: list[str]) -> None:
+    by_id = collections.defaultdict(list)
+    for row in rows:
+        by_id[row["id"]].append(row)
+    repeated = [same for same in by_id.values() if len(same) > 1]
+    if repeated:
+        warnings.append(
+            f"{sum(map(len, repeated)) - len(repeated)} images are exact copies of others; "
+            f"copies are kept in the same split where Graft makes the splits."
+        )
+    contradictory = sum(len({row["label"] for row in same}) > 1 for same in repeated)
+    if contradictory:
+        warnings.append(f"{contradictory} images appear in more than one class.")
+    leaked = sum({"train", "test"} <= {row["split"] for row in same} for same in repeated)
+    if leaked:
+        warnings.append(f"{leaked} images of the given test set are also in the training set: its score is too good.")
+    train_labels = {row["label"] for row in rows if row["split"] == "train"}
+    untrained = sorted({row["label"] for row in rows} - train_labels)
+    if untrained:
+        raise GraftError(
+            f"Classes {[class_names[label] for label in untrained]} have no training images. Every class of val "
+            f"and test must be in train: add images there, or remove those classes."
+        )
+
+
+def fingerprint(tables: dict[str, pa.Table]) -> str:
+    """SHA-256 over the sorted (split, id, label) of all rows."""
+    lines = sorted(
+        f"{name} {identity} {label}"
+        for name, table in tables.items()
+        for identity, label in zip(table["id"].to_pylist(), table["label"].to_pylist())
+    )
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------- tf.data
+
+
+def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of examples in an epoch: a pure function of (seed, epoch), so that a resumed run goes on from there."""
+    return np.random.default_rng([seed, epoch]).permutation(length)
+
+
+def dataset(table: pa.Table, load, *, batch_size: int, epoch: int = 0, training: bool = False, seed: int = 0):
+    """A table as a tf.data of full batches: (inputs, labels [b] int32, weights [b] float32, rows [b] int32).
+
+    The last batch is padded to full size by repeating its first example with weight 0 and row -1, so
+    that shapes are static, any batch size works on any number of replicas, and every example counts once.
+
+    Args:
+        load: (path, seed [2] int32) -> input of one example; the seed is a function of (seed, epoch, example).
+        training: shuffled by `permutation`, else in the table's order.
+    """
+    import tensorflow as tf
+
+    count = table.num_rows
+    order = permutation(count, seed, epoch) if training else np.arange(count)
+    padding = -count % batch_size
+    rows = np.concatenate([order, np.full(padding, order[count - count % batch_size] if padding else 0)]).astype(np.int32)
+    real = np.arange(len(rows)) < count
+    labels = table["label"].to_numpy().astype(np.int32)[rows]
+    weights = table["weight"].to_numpy()[rows] * real
+    paths = np.array(table["path"].to_pylist(), dtype=object)[rows]
+    seeds = np.stack([np.full(len(rows), (seed * 1_000_003 + epoch) % (2**31 - 1), np.int32), rows], axis=1)
+
+    def load_example(path, example_seed, label, weight, row):
+        return load(path, example_seed), label, weight, row
+
+    slices = (paths.astype(str), seeds, labels, weights.astype(np.float32), np.where(real, rows, -1).astype(np.int32))
+    return (
+        tf.data.Dataset.from_tensor_slices(slices)
+        .map(load_example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .batch(batch_size, drop_remainder=True)
+        .prefetch(tf.data.AUTOTUNE)
+    )
+
+
+def image_loader(preprocess, white_level: int, augmentation: str = "none"):
+    """A `load` function for `dataset`: path -> scaled image [height, width, 3] float32."""
+    import tensorflow as tf
+
+    from models import inputs
+
+    # A random crop stands in for the backbone's central one: both would show too little of the image.
+    whole = dataclasses.replace(preprocess, crop_share=1.0)
+
+    def load(path, seed):
+        data = tf.io.read_file(path)
+        if augmentation == "none":
+            return inputs.scale_image(inputs.read_image(data, preprocess, white_level), preprocess)
+        image = random_flip(random_crop(inputs.decode_image(data, white_level), seed), seed)
+        return inputs.scale_image(inputs.resize_image(image, whole), preprocess)
+
+    return load
+
+
+def random_crop(image, seed, smallest_share: float = 0.7):
+    """Cut a random box whose sides are a random share, smallest_share to 1, of the image's; stateless.
+
+    Args:
+        image: [height, width, 3] float32.
+        seed: [2] int32.
+    """
+    import tensorflow as tf
+
+    share, top, left = tf.unstack(tf.random.stateless_uniform([3], seed))
+    size = tf.cast(tf.shape(image)[:2], tf.float32)
+    box = tf.maximum(1.0, tf.round(size * (smallest_share + (1.0 - smallest_share) * share)))
+    corner = tf.cast((size - box) * tf.stack([top, left]), tf.int32)
+    return tf.image.crop_to_bounding_box(image, corner[0], corner[1], *tf.unstack(tf.cast(box, tf.int32)))
+
+
+def random_flip(image, seed):
+    """Mirror left to right, or not, by a stateless coin. image: [height, width, 3]; seed: [2] int32."""
+    import tensorflow as tf
+
+    return tf.image.stateless_random_flip_left_right(image, seed + tf.constant([0, 1 << 30]))

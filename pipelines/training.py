@@ -1,0 +1,308 @@
+"""The training loop and the two phases.
+
+The loop is ours because `Model.fit` under a strategy averages, clips and counts wrongly (see the
+tests): `strategy.run` inside one tf.function, full batches padded with weight 0, losses divided by the
+weight of the global batch, so that any number of replicas and of accumulation steps gives the same update.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from models import GraftError, freezing
+from models import optimizer as optimizers
+from models.classifier import Classifier
+from pipelines.config import depth_blocks
+from pipelines.data import Splits, dataset
+
+
+def cross_entropy(labels, logits, label_smoothing: float = 0.0):
+    """Softmax cross-entropy per example, nats: labels [b] int32, logits [b, classes] float32 -> [b]."""
+    classes = logits.shape[-1]
+    targets = tf.one_hot(labels, classes) * (1.0 - label_smoothing) + label_smoothing / classes
+    return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+
+
+def make_train_step(model: Classifier, optimizer, strategy, accumulation_steps: int = 1, label_smoothing: float = 0.0):
+    """A tf.function: distributed batch -> [4] float32: summed weighted loss, weight, correct answers, examples.
+
+    Loss and gradient are those of the weighted mean over the global batch: each replica divides by
+    the weight of all, and the optimizer sums the gradients over replicas (once: never reduce before).
+    """
+
+    def gradients_of(inputs, labels, weights, rows, total):
+        with tf.GradientTape() as tape:
+            logits = model(inputs, training=True)
+            losses = cross_entropy(labels, logits, label_smoothing) * weights
+            loss = tf.math.divide_no_nan(tf.reduce_sum(losses), total)
+        gradients = tape.gradient(loss, [weight.value for weight in model.trainable_weights])
+        real = rows >= 0
+        correct = (tf.argmax(logits, -1, tf.int32) == labels) & real
+        sums = [losses, weights, tf.cast(correct, tf.float32), tf.cast(real, tf.float32)]
+        return gradients, tf.stack([tf.reduce_sum(values) for values in sums])
+
+    def replica_step(inputs, labels, weights, rows):
+        total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(weights))
+        batch = (inputs, labels, weights, rows)
+        if accumulation_steps == 1:
+            gradients, sums = gradients_of(*batch, total)
+        else:
+            parts = tf.nest.map_structure(
+                lambda x: tf.reshape(x, tf.concat([[accumulation_steps, -1], tf.shape(x)[1:]], 0)), batch
+            )
+            gradients = [tf.zeros_like(weight.value) for weight in model.trainable_weights]
+            sums = tf.zeros([4])
+            for index in tf.range(accumulation_steps):
+                more, part_sums = gradients_of(*tf.nest.map_structure(lambda x: x[index], parts), total)
+                gradients = [a + b for a, b in zip(gradients, more)]
+                sums += part_sums
+        optimizer.apply(gradients, model.trainable_weights)
+        return sums
+
+    @tf.function
+    def train_step(batch):
+        return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(replica_step, args=batch), axis=None)
+
+    return train_step
+
+
+def make_predict_step(model: Classifier, strategy):
+    """A tf.function: distributed batch -> per-replica (logits [b, classes], rows [b])."""
+
+    @tf.function
+    def predict_step(batch):
+        return strategy.run(lambda inputs, labels, weights, rows: (model(inputs, training=False), rows), args=batch)
+
+    return predict_step
+
+
+def predict_logits(predict_step, strategy, batches, count: int, on_batch=lambda: None) -> np.ndarray:
+    """Logits [count, classes] float32 in the order of the table; padding rows are dropped."""
+    logits = None
+    for batch in strategy.experimental_distribute_dataset(batches):
+        outputs, rows = predict_step(batch)
+        outputs = np.concatenate([x.numpy() for x in strategy.experimental_local_results(outputs)])
+        rows = np.concatenate([x.numpy() for x in strategy.experimental_local_results(rows)])
+        if logits is None:
+            logits = np.full((count, outputs.shape[-1]), np.nan, np.float32)
+        logits[rows[rows >= 0]] = outputs[rows >= 0]
+        on_batch()
+    return logits
+
+
+def mean_loss_and_accuracy(labels: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
+    """Mean cross-entropy in nats and share of correct answers, every example counted once."""
+    logits = logits.astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+    return float(losses.mean()), float((logits.argmax(axis=1) == labels).mean())
+
+
+def class_weighted(table, class_count: int):
+    """The table with each example's weight divided by its class's share: every class weighs the same in the loss."""
+    labels = table["label"].to_numpy()
+    counts = np.bincount(labels, minlength=class_count)
+    weights = (len(labels) / (np.count_nonzero(counts) * counts[labels])).astype(np.float32)
+    return table.set_column(table.schema.get_field_index("weight"), "weight", [weights])
+
+
+# ---------------------------------------------------------------- one phase
+
+
+def fit_phase(
+    model: Classifier,
+    name: str,
+    *,
+    train_batches,
+    steps: int,
+    val_batches,
+    val_labels: np.ndarray,
+    epochs: int,
+    learning_rate: float,
+    options,
+    strategy,
+    callbacks=(),
+    on_best=lambda model: None,
+    first_epoch: int = 0,
+    best_val_loss: float = math.inf,
+) -> dict:
+    """Train what is flagged trainable, stop early, and leave the model with its best weights.
+
+    Args:
+        name: "head" or "fine_tune".
+        train_batches: epoch -> tf.data of that epoch, as `pipelines.data.dataset` makes it.
+        steps: batches per epoch.
+        val_batches, val_labels: the validation set in the table's order, and its labels [n].
+        options: `pipelines.config.TrainingOptions`.
+        on_best: called with the model whenever validation has improved, to save it.
+        first_epoch: epochs of earlier phases: data order and logs go on from there.
+        best_val_loss: what must be beaten; if no epoch does, the model leaves as it came.
+
+    Returns:
+        name, epochs, seconds, trainable_parameters, best_epoch (0: none beat the start), kept, learning_rate,
+        val_loss, history (a row per epoch), blocks (the trainable table) and weights (counts of frozen and trainable).
+    """
+    started = time.perf_counter()
+    schedule = learning_rate
+    if options.schedule == "cosine":
+        schedule = optimizers.warmup_cosine(learning_rate, steps * epochs, options.warmup)
+    with strategy.scope():
+        optimizer = optimizers.make_optimizer(
+            options.optimizer, model, schedule, options.weight_decay, options.clip_norm or None
+        )
+    train_step = make_train_step(model, optimizer, strategy, options.accumulation_steps, options.label_smoothing)
+    predict_step = make_predict_step(model, strategy)
+    set_dropout_seeds = dropout_seeder(model, options.seed)
+    before = freezing.checksums(model)
+    best_weights = [weight.numpy() for weight in model.trainable_weights]
+    best_epoch, history = 0, []
+
+    model.optimizer, model.stop_training = optimizer, False  # what Keras callbacks read
+    observers = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=epochs, steps=steps)
+    observers.on_train_begin()
+    for epoch in range(first_epoch, first_epoch + epochs):
+        epoch_started = time.perf_counter()
+        observers.on_epoch_begin(epoch)
+        sums = np.zeros(4)
+        for step, batch in enumerate(strategy.experimental_distribute_dataset(train_batches(epoch))):
+            set_dropout_seeds(epoch * steps + step)
+            observers.on_train_batch_begin(step)
+            sums += train_step(batch).numpy()
+            observers.on_train_batch_end(step, {"loss": sums[0] / sums[1], "accuracy": sums[2] / sums[3]})
+        logits = predict_logits(predict_step, strategy, val_batches, len(val_labels))
+        val_loss, val_accuracy = mean_loss_and_accuracy(val_labels, logits)
+        row = {
+            "loss": float(sums[0] / sums[1]),
+            "accuracy": float(sums[2] / sums[3]),
+            "val_loss": val_loss,
+            "val_accuracy": val_accuracy,
+            "learning_rate": float(optimizer.learning_rate),
+        }
+        if not math.isfinite(row["loss"] + val_loss):
+            raise GraftError(
+                f"The loss of phase {name} is not finite in epoch {epoch - first_epoch + 1} "
+                f"(train {row['loss']}, validation {val_loss}). Lower the learning rate ({learning_rate:g} now)."
+            )
+        if val_loss < best_val_loss:
+            best_val_loss, best_epoch = val_loss, epoch - first_epoch + 1
+            best_weights = [weight.numpy() for weight in model.trainable_weights]
+            on_best(model)
+        history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - epoch_started})
+        observers.on_epoch_end(epoch, row)
+        if epoch - first_epoch + 1 - best_epoch >= options.patience or model.stop_training:
+            break
+    observers.on_train_end()
+
+    moved = freezing.check_moved(model, before)
+    for weight, value in zip(model.trainable_weights, best_weights):
+        weight.assign(value)
+    rates = optimizers.block_multipliers(model)
+    return {
+        "name": name,
+        "epochs": len(history),
+        "seconds": time.perf_counter() - started,
+        "trainable_parameters": sum(int(np.prod(weight.shape)) for weight in model.trainable_weights),
+        "best_epoch": best_epoch,
+        "kept": best_epoch > 0,
+        "learning_rate": learning_rate,
+        "val_loss": best_val_loss,
+        "history": history,
+        "blocks": freezing.trainable_table(model, learning_rate, rates),
+        "weights": moved,
+    }
+
+
+def dropout_seeder(model: Classifier, seed: int):
+    """A function of the step that sets every dropout layer's random state: dropout is a function of (seed, step)."""
+    generators = [layer.seed_generator for layer in model._flatten_layers() if hasattr(layer, "seed_generator")]
+
+    def set_seeds(step: int) -> None:
+        for index, generator in enumerate(generators):
+            state = np.array([seed * 1_000_003 + index, step * 65_536], np.uint64) % 2**32
+            generator.state.assign(state.astype(np.uint32))
+
+    return set_seeds
+
+
+# ---------------------------------------------------------------- two phases
+
+
+def fit_two_phase(
+    model: Classifier, splits: Splits, loader, config, strategy, *, callbacks=(), on_start=None, on_best=None, on_end=None
+) -> list[dict]:
+    """Phase 1: the head on the frozen backbone. Phase 2: the top `--depth` blocks too, at reduced rates.
+
+    A phase 2 that does not improve validation is undone: the model leaves with the weights of phase 1.
+
+    Args:
+        loader: augmentation name -> `load` function for `pipelines.data.dataset`.
+        config: `pipelines.config.ImageConfig` or its like.
+        on_start: (name, trainable table), before each phase.
+        on_best: (name, model), whenever validation has improved.
+        on_end: (phase dict of `fit_phase`), after each phase; what it returns stays in the dict.
+    """
+    options = config.training
+    replicas = strategy.num_replicas_in_sync
+    if options.batch_size % (replicas * options.accumulation_steps):
+        raise GraftError(
+            f"--batch-size {options.batch_size} cannot be shared evenly by {replicas} devices in "
+            f"{options.accumulation_steps} accumulation steps. Give a multiple of {replicas * options.accumulation_steps}."
+        )
+    class_count = len(splits.class_names)
+    train = class_weighted(splits.train, class_count) if options.class_weights == "balanced" else splits.train
+    common = {
+        "steps": math.ceil(train.num_rows / options.batch_size),
+        "val_batches": dataset(splits.val, loader("none"), batch_size=options.batch_size),
+        "val_labels": splits.val["label"].to_numpy(),
+        "options": options,
+        "strategy": strategy,
+        "callbacks": callbacks,
+    }
+
+    def train_batches(load):
+        return lambda epoch: dataset(
+            train, load, batch_size=options.batch_size, epoch=epoch, training=True, seed=options.seed
+        )
+
+    def run_phase(name, augmentation, epochs, rate, **more):
+        if on_start:
+            on_start(name, freezing.trainable_table(model, rate, optimizers.block_multipliers(model)))
+        phase = fit_phase(
+            model,
+            name,
+            train_batches=train_batches(loader(augmentation)),
+            epochs=epochs,
+            learning_rate=rate,
+            on_best=(lambda model: on_best(name, model)) if on_best else lambda model: None,
+            **common,
+            **more,
+        )
+        if on_end:
+            on_end(phase)
+        return phase
+
+    freezing.freeze(model)
+    phases = [run_phase("head", "none", config.head.head_epochs, config.head.head_learning_rate)]
+    count = depth_blocks(config.model.depth)
+    if count == 0 or config.fine_tune.fine_tune_epochs == 0:
+        return phases
+    if count is None:
+        freezing.unfreeze_all(model, config.model.train_batch_norm)
+    else:
+        freezing.unfreeze_top(model, count, config.model.train_batch_norm)
+    phases.append(
+        run_phase(
+            "fine_tune",
+            config.fine_tune.augmentation,
+            config.fine_tune.fine_tune_epochs,
+            config.fine_tune.fine_tune_learning_rate,
+            first_epoch=phases[0]["epochs"],
+            best_val_loss=phases[0]["val_loss"],
+        )
+    )
+    return phases

@@ -1,0 +1,150 @@
+"""The loop: the same figures on any number of replicas and accumulation steps, every example counted once."""
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from models import GraftError, freezing
+from models.classifier import Classifier
+from pipelines import training
+from pipelines.config import ImageConfig
+from pipelines.data import dataset, find_images, image_loader, load_images
+from tests.conftest import tiny_backbone
+
+
+@pytest.fixture(scope="module")
+def splits(png_folder):
+    return load_images(find_images(str(png_folder)))
+
+
+def make_config(**options):
+    config = ImageConfig()
+    config.model.depth = "2"
+    config.head.head_epochs, config.fine_tune.fine_tune_epochs = 3, 3
+    config.head.head_learning_rate = config.fine_tune.fine_tune_learning_rate = 0.05
+    config.fine_tune.augmentation = "none"
+    config.training.batch_size = 8
+    for name, value in options.items():
+        group = next(g for g in dataclasses.fields(config) if hasattr(getattr(config, g.name), name))
+        setattr(getattr(config, group.name), name, value)
+    return config
+
+
+def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, **options):
+    strategy = strategy or tf.distribute.get_strategy()
+    config = make_config(**options)
+    with strategy.scope():
+        backbone = tiny_backbone(dropout=backbone_dropout)
+        model = Classifier(backbone, len(splits.class_names), dropout=dropout, seed=1)
+
+    def loader(augmentation):
+        return image_loader(backbone.preprocess, splits.white_level, augmentation)
+
+    return model, training.fit_two_phase(model, splits, loader, config, strategy)
+
+
+def losses(phases):
+    return [(row["loss"], row["val_loss"]) for phase in phases for row in phase["history"]]
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_two_replicas_and_accumulation_give_the_losses_of_one(splits, mirrored, optimizer):
+    options = {"optimizer": optimizer, "clip_norm": 0.5, "weight_decay": 0.1, "label_smoothing": 0.1}
+    _, one = train(splits, **options)
+    _, accumulated = train(splits, accumulation_steps=4, **options)
+    _, two = train(splits, mirrored, accumulation_steps=2, **options)
+    assert len(losses(one)) == 6
+    np.testing.assert_allclose(losses(accumulated), losses(one), atol=1e-5, rtol=0)
+    np.testing.assert_allclose(losses(two), losses(one), atol=1e-5, rtol=0)
+
+
+def test_phases_move_what_they_should_and_nothing_else(splits):
+    model, (head, fine_tune) = train(splits)
+    assert head["weights"] == {"frozen": 18, "trainable": 2, "still": 0}
+    assert fine_tune["weights"] == {"frozen": 14, "trainable": 6, "still": 0}  # BatchNorm among the frozen
+    assert head["trainable_parameters"] == 8 * 3 + 3
+    assert fine_tune["val_loss"] <= head["val_loss"]
+
+
+def test_the_same_seed_gives_the_same_figures_and_another_does_not(splits):
+    options = {"dropout": 0.3, "backbone_dropout": 0.3, "augmentation": "flip-crop", "fine_tune_epochs": 2}
+    _, first = train(splits, **options)
+    _, again = train(splits, **options)
+    _, other = train(splits, seed=7, **options)
+    assert losses(first) == losses(again)
+    assert losses(first) != losses(other)
+
+
+def test_dropout_trains_under_two_replicas(splits, mirrored):
+    _, phases = train(splits, mirrored, dropout=0.3, head_epochs=2, depth="head")
+    assert all(math.isfinite(value) for row in losses(phases) for value in row)
+
+
+def test_a_fine_tuning_that_makes_validation_worse_is_undone(splits):
+    saved = {}
+    config = make_config(fine_tune_learning_rate=1e4, clip_norm=0.0, optimizer="sgd", schedule="constant")
+    backbone = tiny_backbone()
+    model = Classifier(backbone, 3, dropout=0.0)
+
+    def remember(phase):
+        saved[phase["name"]] = [weight.numpy() for weight in model.weights]
+
+    def loader(augmentation):
+        return image_loader(backbone.preprocess, splits.white_level, augmentation)
+
+    phases = training.fit_two_phase(model, splits, loader, config, tf.distribute.get_strategy(), on_end=remember)
+    assert not phases[1]["kept"] and phases[1]["best_epoch"] == 0
+    for after_head, after_fine_tune in zip(saved["head"], saved["fine_tune"]):
+        np.testing.assert_array_equal(after_head, after_fine_tune)
+
+
+def test_early_stopping_restores_the_best_epoch(splits):
+    model, (head,) = train(splits, depth="head", head_epochs=30, head_learning_rate=3.0, patience=2, schedule="constant")
+    values = [row["val_loss"] for row in head["history"]]
+    assert head["epochs"] == head["best_epoch"] + 2 < 30
+    assert head["val_loss"] == min(values) == values[head["best_epoch"] - 1]
+    batches = dataset(splits.val, image_loader(model.backbone.preprocess, 255), batch_size=8)
+    logits = training.predict_logits(
+        training.make_predict_step(model, tf.distribute.get_strategy()), tf.distribute.get_strategy(), batches, splits.val.num_rows
+    )
+    loss, _ = training.mean_loss_and_accuracy(splits.val["label"].to_numpy(), logits)
+    assert loss == pytest.approx(head["val_loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("batch_size", [2, 8, 10, 64])
+def test_every_example_counts_once_whatever_the_batch_size(splits, mirrored, batch_size):
+    model = None
+    with mirrored.scope():
+        model = Classifier(tiny_backbone(), 3, dropout=0.0)
+    load = image_loader(model.backbone.preprocess, 255)
+    images = np.stack([load(path, tf.constant([0, 0])).numpy() for path in splits.train["path"].to_pylist()])
+    expected = model(images, training=False).numpy()
+    batches = dataset(splits.train, load, batch_size=batch_size, epoch=3, training=True)
+    logits = training.predict_logits(training.make_predict_step(model, mirrored), mirrored, batches, len(images))
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+    rows = np.concatenate([rows for _, _, _, rows in batches.as_numpy_iterator()])
+    weights = np.concatenate([weights for _, _, weights, _ in batches.as_numpy_iterator()])
+    assert sorted(rows[rows >= 0]) == list(range(len(images)))
+    assert weights.sum() == len(images) and (weights[rows < 0] == 0).all()
+    assert len(rows) % batch_size == 0
+
+
+def test_balanced_class_weights(splits):
+    table = splits.train.slice(0, 0)
+    labels = [0] * 9 + [2] * 3
+    table = splits.train.take(list(range(12))).set_column(2, "label", [np.array(labels)])
+    weights = training.class_weighted(table, 3)["weight"].to_numpy()
+    np.testing.assert_allclose(weights, [12 / (2 * 9)] * 9 + [12 / (2 * 3)] * 3, rtol=1e-6)
+
+
+def test_a_batch_that_devices_cannot_share_is_refused(splits, mirrored):
+    with pytest.raises(GraftError, match="--batch-size 10 cannot be shared evenly by 2 devices in 2 accumulation steps.*multiple of 4"):
+        train(splits, mirrored, batch_size=10, accumulation_steps=2)
+
+
+def test_a_loss_that_is_not_finite_says_what_to_do(splits):
+    with pytest.raises(GraftError, match="loss of phase head is not finite in epoch 1.*Lower the learning rate"):
+        train(splits, head_learning_rate=1e38, clip_norm=0.0, optimizer="sgd", schedule="constant")
