@@ -1,0 +1,1 @@
+"""From a trained model to an answer: export, verification, sessions. May import `models`."""

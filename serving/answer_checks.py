@@ -1,0 +1,192 @@
+"""What a running SavedModel answers: the last two steps of `serving/verify.py`."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from serving.static_checks import CheckFailed
+
+LABELS_FILE = "assets.extra/labels.txt"
+ROW_TOLERANCE = 1e-5  # per largest value of the output or 1: kernels sum in another order for other sizes
+ROWS = 3  # the largest batch of the last step
+BATCH = 16  # samples per call where answers are compared
+BAD_ITEM = b"\xff\x00 no supported input starts like this"
+MADE_SIZE = 48  # for unknown dimensions other than the batch, in made-up inputs
+
+
+def check_answers(session, samples, expected, tolerance, class_names) -> tuple[float, list[bytes]]:
+    """Compare serving_default's probabilities with the expected ones; return the largest difference.
+
+    Also returns up to ROWS samples that have no error, for the next step.
+    """
+    if not samples:
+        return 0.0, []
+    inputs = session.signatures["serving_default"]["inputs"]
+    if [dtype for dtype, _ in inputs.values()] != ["string"]:
+        raise CheckFailed(f"signature serving_default: inputs {inputs}, expected a single one, of strings")
+    (name,) = inputs
+    batches = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+    answers = [run_checked(session, "serving_default", {name: batch}, class_names) for batch in batches]
+    if "probabilities" not in answers[0]:
+        raise CheckFailed(f"signature serving_default: outputs {sorted(answers[0])}, expected probabilities")
+    served = np.concatenate([answer["probabilities"] for answer in answers])
+    errors = [b""] * len(samples)
+    if "error" in answers[0]:
+        errors = [error for answer in answers for error in answer["error"]]
+    if served.shape != expected.shape:
+        raise CheckFailed(f"probabilities {list(served.shape)}, expected {list(expected.shape)}")
+    difference = np.abs(served - expected)
+    item, column = np.unravel_index(np.argmax(difference), difference.shape)  # a NaN counts as largest
+    largest = float(difference[item, column])
+    if not largest <= tolerance:
+        reason = f"; served error: {errors[item].decode()}" if errors[item] else ""
+        raise CheckFailed(
+            f"item {item} of {len(samples)}: the served probability of class {column} is "
+            f"{served[item, column]:.6f}, expected {expected[item, column]:.6f} (difference {largest:.2g}, "
+            f"allowed {tolerance:.1g}){reason}"
+        )
+    good = [sample for sample, error in zip(samples, errors, strict=True) if not error]
+    return largest, good[:ROWS]
+
+
+def check_rows(session, signature, samples, class_names) -> float:
+    """Run a signature with 0 to ROWS rows, compare with single rows, return the largest difference.
+
+    Where it takes strings, a bad item in the middle must leave its neighbours' rows as they are.
+    """
+    inputs = session.signatures[signature]["inputs"]
+    rows = {name: made_rows(name, *inputs[name], samples) for name in inputs}
+
+    def run(*order):
+        chosen = {name: rows[name][list(order)] for name in rows}
+        return run_checked(session, signature, chosen, class_names)
+
+    singles = [run(row) for row in range(ROWS)]
+    largest = 0.0
+    for count in range(ROWS + 1):
+        what = f"signature {signature}, {count} rows"
+        largest = max(largest, compare_rows(what, run(*range(count)), singles, range(count)))
+    texts = [name for name in inputs if inputs[name][0] == "string"]
+    for name in texts:
+        rows[name][1] = BAD_ITEM
+    if texts:
+        answer = run(0, 1, 2)
+        what = f"signature {signature}, a bad item between two good ones"
+        largest = max(largest, compare_rows(what, answer, singles, (0, 2)))
+        # A text may be anything; bytes of a file have a format, and these have none.
+        if "error" in answer and texts[0].endswith("_bytes") and not answer["error"][1]:
+            raise CheckFailed(f"{what}: the output error is empty for it, expected the reason")
+    return largest
+
+
+def run_checked(session, signature, inputs, class_names) -> dict:
+    """Run, and check what holds for every answer: rows, text, finite numbers, labels that fit scores."""
+    outputs = session.run(signature, inputs)
+    count = len(next(iter(inputs.values())))
+    for name, values in outputs.items():
+        what = f"signature {signature}, output {name}"
+        if values.shape[:1] != (count,):
+            raise CheckFailed(f"{what}: shape {list(values.shape)} for {count} rows, expected {count} first")
+        if values.dtype.kind == "f" and not np.isfinite(values).all():
+            raise CheckFailed(f"{what}: holds NaN or infinity, expected finite numbers")
+        if values.dtype == object and not name.endswith("_bytes"):
+            for value in values.flat:
+                check_text(what, value)
+    if {"labels", "scores", "probabilities"} <= set(outputs) and class_names:
+        check_labels(signature, outputs, class_names)
+    return outputs
+
+
+def check_text(what: str, value: bytes) -> None:
+    """REST sends strings as JSON text, and as base64 only where the output's name says so."""
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        raise CheckFailed(f"{what}: {value!r:.40} is not text. Name such an output NAME_bytes") from None
+
+
+def check_labels(signature, outputs, class_names) -> None:
+    """Labels and scores are the best classes, best first; nothing at all for an item with an error."""
+    columns = {name.encode(): column for column, name in enumerate(class_names)}
+    probabilities = outputs["probabilities"]
+    if probabilities.shape[1] != len(class_names):
+        raise CheckFailed(
+            f"signature {signature}: probabilities of {probabilities.shape[1]} classes, "
+            f"but {LABELS_FILE} names {len(class_names)}"
+        )
+    errors = outputs.get("error", [b""] * len(probabilities))
+    for row, labels in enumerate(outputs["labels"]):
+        scores = outputs["scores"][row]
+        best = np.sort(probabilities[row])[::-1][: len(scores)]
+        if errors[row]:
+            fits = not any(labels) and not scores.any() and not probabilities[row].any()
+        else:
+            fits = np.array_equal(scores, best) and all(
+                label in columns and probabilities[row, columns[label]] == score
+                for label, score in zip(labels, scores, strict=True)
+            )
+        if not fits:
+            raise CheckFailed(
+                f"signature {signature}, row {row}: labels {list(labels)}, scores {scores.tolist()} and "
+                f"error {errors[row]!r} do not fit its probabilities {probabilities[row].tolist()}"
+            )
+
+
+def compare_rows(what: str, outputs: dict, singles: list[dict], rows) -> float:
+    """Largest difference between rows of a batch and the same rows answered singly.
+
+    Of floats, per largest absolute value or 1; everything else must be equal, but for labels, whose
+    order may turn on the last bit and which `check_labels` has compared with the scores.
+    """
+    largest = 0.0
+    for name in outputs.keys() - {"labels"}:
+        for row in rows:
+            batched, single = outputs[name][row], singles[row][name][0]
+            if np.asarray(batched).dtype.kind == "f":
+                difference = np.max(np.abs(batched - single), initial=0.0)
+                difference = float(difference / max(1.0, np.max(np.abs(single), initial=0.0)))
+                differs = difference > ROW_TOLERANCE
+            else:
+                difference, differs = 0.0, not np.array_equal(batched, single)
+            largest = max(largest, difference)
+            if differs:
+                raise CheckFailed(
+                    f"{what}: output {name}: row {row} differs from the same item alone (difference "
+                    f"{difference:.2g}, allowed {ROW_TOLERANCE:.0g}). Rows must not depend on each other"
+                )
+    return largest
+
+
+def made_rows(name: str, dtype: str, shape: tuple, samples: list[bytes]) -> np.ndarray:
+    """ROWS rows for an input: the samples where it takes strings and there are any, else made up."""
+    if dtype == "string":
+        made = [made_png(row) if name == "image_bytes" else b"made up %d" % row for row in range(ROWS)]
+        return np.array([samples[row % len(samples)] for row in range(ROWS)] if samples else made, object)
+    generator = np.random.default_rng(0)
+    shape = [ROWS, *(MADE_SIZE if size is None else size for size in shape[1:])]
+    largest = 256 if dtype.startswith("float") else 2
+    return generator.uniform(0, largest, shape).astype(dtype)
+
+
+def made_png(seed: int, side: int = 64) -> bytes:
+    """A PNG of side x side random RGB pixels (PNG specification, third edition, section 5)."""
+
+    def chunk(kind, data):
+        checksum = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+    pixels = np.random.default_rng(seed).integers(0, 256, [side, side * 3], np.uint8)
+    lines = b"".join(b"\0" + line.tobytes() for line in pixels)
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def read_class_names(folder) -> list[str]:
+    """The lines of labels.txt; none where the model has no such file."""
+    file = Path(folder) / LABELS_FILE
+    return file.read_text("utf-8").splitlines() if file.is_file() else []

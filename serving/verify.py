@@ -1,0 +1,159 @@
+"""Proof that a version folder is fit for TF Serving and answers as training does.
+
+`verify` runs this module in a process of its own, without TensorFlow's Python side: what passes there
+needs nothing of the process that made it. Four steps, each fails with the item's name:
+
+1. layout: one metagraph tagged `serve`, variables, tensors, batch dimension, dtypes, no XLA, no Python;
+2. ops: every op is linked into the stock server of the target version;
+3. answers: TensorFlow's C++ loader runs it, XLA off, and the answers equal the expected ones;
+4. rows: 0, 1, 2 and 3 rows of every signature equal single ones; a bad item spares its neighbours.
+
+For people: `python -m serving.verify FOLDER` prints a line per step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from models import GraftError
+from serving.answer_checks import ROWS, check_answers, check_rows, read_class_names
+from serving.runtime import SessionError
+from serving.session import Session
+from serving.static_checks import CheckFailed, check_layout, check_ops
+
+PROBABILITY_TOLERANCE = 1e-5  # absolute
+STEPS = ("layout", "ops", "answers", "rows")
+
+
+class VerificationError(GraftError):
+    """A version folder that must not be served; the message names the step and the item."""
+
+    exit_code = 4
+
+
+def verify(folder, samples, expected_probabilities, target="2.20", tolerance=PROBABILITY_TOLERANCE) -> dict:
+    """Verify the version folder `folder` in a fresh process; raises VerificationError.
+
+    samples: raw inputs of `serving_default`, a list of bytes. expected_probabilities: the training side's
+    answers to them, [n, classes] float32, zeros for an item that cannot be read; on a GPU computed with
+    TF32 off. The server runs on the CPU meanwhile, so that it leaves the GPU to its parent.
+
+    Returns {"files", "largest_difference", "largest_row_difference", "signatures", "ops", "target",
+    "missing_in_2.19", "load_seconds", "seconds"}.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="graft-verify-") as scratch:
+        file = Path(scratch) / "samples.npz"
+        np.savez(
+            file,
+            data=np.frombuffer(b"".join(samples), np.uint8),
+            lengths=np.array([len(sample) for sample in samples], np.int64),
+            expected=np.asarray(expected_probabilities, np.float32),
+        )
+        command = [sys.executable, "-m", "serving.verify", str(Path(folder).absolute()), "--json"]
+        command += ["--samples", str(file), "--target", target, "--tolerance", repr(float(tolerance))]
+        done = subprocess.run(
+            command,
+            cwd=Path(__file__).resolve().parents[1],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
+    try:
+        answer = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError):
+        last_words = "\n".join(done.stderr.splitlines()[-15:])
+        raise VerificationError(
+            f"{folder}: the verifying process ended with code {done.returncode} and no answer:\n{last_words}"
+        ) from None
+    if "error" in answer:
+        kind = VerificationError if done.returncode == VerificationError.exit_code else GraftError
+        raise kind(answer["error"])
+    return {**answer, "seconds": round(time.monotonic() - started, 3)}
+
+
+def run_steps(folder, samples, expected, target, tolerance, say) -> dict:
+    """The four steps, in this process. Arguments and result as in `verify`; `say(line)` ends each step."""
+    step = "layout"
+    try:
+        graph, signatures = check_layout(folder)
+        say(f"layout: signatures {', '.join(sorted(signatures))}; any number of rows, no XLA, no Python")
+        step = "ops"
+        ops, missing_in_219 = check_ops(graph, target)
+        older = f"; TF Serving 2.19 lacks {', '.join(missing_in_219)}" if missing_in_219 else ""
+        say(f"ops: {len(ops)}, all in TF Serving {target}{older}")
+        step = "answers"
+        started = time.monotonic()
+        with Session(folder) as session:
+            load_seconds = time.monotonic() - started
+            names = read_class_names(folder)
+            difference, good = check_answers(session, samples, expected, tolerance, names)
+            compared = f"{len(samples)} samples, largest difference {difference:.1g}, allowed {tolerance:.1g}"
+            say(f"answers: loaded in {load_seconds:.2f} s; {compared if samples else 'no samples given'}")
+            step = "rows"
+            row_difference = max(check_rows(session, name, good, names) for name in session.signatures)
+            say(f"rows: batches of 0 to {ROWS} equal single items, largest difference {row_difference:.1g}")
+    except (CheckFailed, SessionError) as error:
+        position = f"step {STEPS.index(step) + 1} of {len(STEPS)}, {step}"
+        raise VerificationError(f"{folder}: verification failed at {position}: {error}") from error
+    return {
+        "files": len(samples),
+        "largest_difference": difference,
+        "largest_row_difference": row_difference,
+        "signatures": sorted(signatures),
+        "ops": len(ops),
+        "target": target,
+        "missing_in_2.19": missing_in_219,
+        "load_seconds": round(load_seconds, 3),
+    }
+
+
+def read_samples(file):
+    """Samples and expected probabilities, as `verify` writes them."""
+    with np.load(file) as content:
+        data, ends = content["data"].tobytes(), [0, *np.cumsum(content["lengths"]).tolist()]
+        expected = content["expected"]
+    return [data[start:end] for start, end in itertools.pairwise(ends)], expected
+
+
+def main(arguments=None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.verify", description="Check that TF Serving can serve a version folder."
+    )
+    parser.add_argument("folder", help="one version, such as serving/NAME/1")
+    parser.add_argument("--samples", metavar="FILE", help=".npz of raw inputs and expected answers")
+    parser.add_argument("--target", default="2.20", help="TF Serving release (default: %(default)s)")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=PROBABILITY_TOLERANCE,
+        help="largest difference of a probability (default: %(default)s)",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
+    options = parser.parse_args(arguments)
+    samples, expected = read_samples(options.samples) if options.samples else ([], None)
+    say = (lambda line: None) if options.json else print
+    try:
+        result = run_steps(options.folder, samples, expected, options.target, options.tolerance, say)
+    except GraftError as error:
+        print(json.dumps({"error": str(error)}) if options.json else error)
+        return error.exit_code
+    if options.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,332 @@
+"""serving/export.py: the SavedModel of an image classifier, and publishing it under the next number."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import shutil
+import subprocess
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from PIL import Image
+
+from models import GraftError
+from models.classifier import Classifier
+from models.inputs import decode_image, decode_images, scale_image
+from serving.export import export_image_classifier, next_version, publish_version
+from serving.session import Session
+from tests.conftest import tiny_backbone
+
+CLASSES = ["cat", "dog", "Katze auf dem Tisch", "鳥", "eel", "fox", "gnu"]
+
+
+def tiny_classifier(class_count: int) -> Classifier:
+    """A head on the tiny backbone, with weights large enough to tell random images apart."""
+    model = Classifier(tiny_backbone(), class_count)
+    model.head.kernel.assign(model.head.kernel * 20.0)
+    return model
+
+
+def encoded_image(seed: int, format: str = "png", shape=(40, 50, 3)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, shape, np.uint8) // (seed % 3 + 1)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format)
+    return file.getvalue()
+
+
+def training_answers(model, samples) -> np.ndarray:
+    """Probabilities as the training side computes them."""
+    images, _ = decode_images(tf.constant(samples), model.backbone.preprocess)
+    return tf.nn.softmax(model(scale_image(images, model.backbone.preprocess), training=False)).numpy()
+
+
+@pytest.fixture(scope="module")
+def model():
+    model = tiny_classifier(len(CLASSES))
+    model.optimizer = keras.optimizers.AdamW()  # as after training; of no use in serving
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "1"
+    details = {"run": "tiny run", "metrics": {"accuracy": 0.5}}
+    export_image_classifier(model, model.backbone.preprocess, CLASSES, folder, details=details)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def session(folder):
+    with Session(folder) as session:
+        yield session
+
+
+def test_signatures(session):
+    answers = {
+        "labels": ("string", (None, 5)),
+        "scores": ("float32", (None, 5)),
+        "probabilities": ("float32", (None, 7)),
+        "error": ("string", (None,)),
+    }
+    image_bytes = {"image_bytes": ("string", (None,))}
+    assert session.signatures == {
+        "serving_default": {"inputs": image_bytes, "outputs": answers},
+        "features": {
+            "inputs": image_bytes,
+            "outputs": {"features": ("float32", (None, 8)), "error": ("string", (None,))},
+        },
+        "pixels": {"inputs": {"pixels": ("float32", (None, None, None, 3))}, "outputs": answers},
+    }
+
+
+def test_answers_equal_training(model, session):
+    samples = [encoded_image(seed, format) for seed, format in enumerate(["png", "jpeg", "gif", "bmp", "webp"])]
+    served = session.run("serving_default", {"image_bytes": samples})
+    expected = training_answers(model, samples)
+    assert np.ptp(expected, axis=0).max() > 0.01  # the images do differ
+    np.testing.assert_allclose(served["probabilities"], expected, atol=1e-6)
+    assert list(served["error"]) == [b""] * 5
+
+
+def test_labels_and_scores_are_aligned_best_first(session):
+    served = session.run("serving_default", {"image_bytes": [encoded_image(seed) for seed in range(4)]})
+    for labels, scores, probabilities in zip(served["labels"], served["scores"], served["probabilities"]):
+        order = np.argsort(-probabilities)[:5]
+        assert [label.decode() for label in labels] == [CLASSES[index] for index in order]
+        np.testing.assert_array_equal(scores, probabilities[order])
+
+
+def test_a_bad_item_has_its_error_and_spares_its_neighbours(session):
+    good = [encoded_image(0), encoded_image(1)]
+    alone = session.run("serving_default", {"image_bytes": good})
+    mixed = session.run("serving_default", {"image_bytes": [good[0], b"GIF89a but no more", good[1], b""]})
+    for name in alone:
+        np.testing.assert_array_equal(mixed[name][[0, 2]], alone[name])
+    assert "GIF" in mixed["error"][1].decode()
+    assert "empty input" in mixed["error"][3].decode()
+    for bad in (1, 3):
+        assert not mixed["scores"][bad].any()
+        assert not mixed["probabilities"][bad].any()
+        assert list(mixed["labels"][bad]) == [b""] * 5
+
+
+def test_no_items(session):
+    served = session.run("serving_default", {"image_bytes": []})
+    assert {name: values.shape for name, values in served.items()} == {
+        "labels": (0, 5),
+        "scores": (0, 5),
+        "probabilities": (0, 7),
+        "error": (0,),
+    }
+    assert session.run("features", {"image_bytes": []})["features"].shape == (0, 8)
+    empty = session.run("pixels", {"pixels": np.zeros([0, 5, 4, 3], np.float32)})
+    assert empty["probabilities"].shape == (0, 7)
+
+
+def test_features(model, session):
+    samples = [encoded_image(0), b"no image", encoded_image(1)]
+    served = session.run("features", {"image_bytes": samples})
+    preprocess = model.backbone.preprocess
+    images, _ = decode_images(tf.constant([samples[0], samples[2]]), preprocess)
+    expected = model.features(scale_image(images, preprocess)).numpy()
+    np.testing.assert_allclose(served["features"][[0, 2]], expected, atol=1e-5)
+    assert not served["features"][1].any()
+    assert [bool(error) for error in served["error"]] == [False, True, False]
+
+
+@pytest.mark.parametrize("shape", [(40, 50, 3), (16, 16, 3), (9, 100, 3)])
+def test_pixels_equal_the_same_image_encoded(session, shape):
+    samples = [encoded_image(seed, shape=shape) for seed in range(2)]
+    pixels = np.stack([decode_image(tf.constant(sample)).numpy() for sample in samples])
+    from_pixels = session.run("pixels", {"pixels": pixels})
+    from_bytes = session.run("serving_default", {"image_bytes": samples})
+    for name in from_bytes:
+        if from_bytes[name].dtype == object:
+            assert from_pixels[name].tolist() == from_bytes[name].tolist()
+        else:
+            np.testing.assert_allclose(from_pixels[name], from_bytes[name], atol=1e-6)
+
+
+def test_extra_assets(folder):
+    assert (folder / "assets.extra/labels.txt").read_text("utf-8").splitlines() == CLASSES
+    details = json.loads((folder / "assets.extra/graft.json").read_text("utf-8"))
+    assert details["run"] == "tiny run"
+    assert details["metrics"] == {"accuracy": 0.5}
+    assert details["backbone"] == "tiny"
+    assert details["class_names"] == CLASSES
+    assert details["image_size"] == [16, 16]
+    assert details["white_level"] == 255
+
+
+def test_no_trace_of_this_machine(folder):
+    here = str(Path(__file__).resolve().parents[1]).encode()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            assert here not in file.read_bytes(), file
+
+
+def test_mixed_precision_few_classes_and_white_level(tmp_path):
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        model = tiny_classifier(3)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert model.encoder.compute_dtype == "bfloat16"
+    export_image_classifier(model, model.backbone.preprocess, CLASSES[:3], tmp_path, white_level=1023)
+    deep = io.BytesIO()
+    Image.fromarray(np.full([30, 30], 1023, np.uint16)).save(deep, "png")
+    shallow = io.BytesIO()
+    Image.fromarray(np.full([30, 30], 255, np.uint8)).save(shallow, "png")
+    with Session(tmp_path) as session:
+        assert session.signatures["serving_default"]["outputs"]["scores"] == ("float32", (None, 3))
+        assert session.signatures["features"]["outputs"]["features"] == ("float32", (None, 8))
+        served = session.run("serving_default", {"image_bytes": [deep.getvalue(), shallow.getvalue()]})
+    assert served["probabilities"].dtype == np.float32
+    np.testing.assert_array_equal(served["probabilities"][0], served["probabilities"][1])  # both are white
+    np.testing.assert_allclose(served["probabilities"].sum(1), 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "", b"caf\xe9".decode(errors="surrogateescape")])
+def test_class_name_that_is_no_line_of_text(model, tmp_path, name):
+    with pytest.raises(GraftError, match=r"class name '.*': labels\.txt needs one line of UTF-8 text"):
+        export_image_classifier(model, model.backbone.preprocess, [name, *CLASSES[1:]], tmp_path / "1")
+    assert not (tmp_path / "1").exists()
+
+
+def test_every_weight_is_stored_once(model, folder):
+    stored = tf.train.list_variables(str(folder / "variables" / "variables"))
+    values = sum(int(np.prod(shape)) for name, shape in stored if "OBJECT_GRAPH" not in name)
+    assert values == sum(int(np.prod(weight.shape)) for weight in [*model.encoder.weights, *model.head.weights])
+
+
+# Publishing.
+
+
+def write_something(folder):
+    (folder / "variables").mkdir()
+    (folder / "saved_model.pb").write_bytes(b"graph")
+    (folder / "variables" / "variables.index").write_bytes(b"index")
+
+
+def accept(folder):
+    assert (folder / "saved_model.pb").read_bytes() == b"graph"
+
+
+def test_versions_are_numbered(tmp_path):
+    name_folder = tmp_path / "serving" / "photos"
+    assert next_version(name_folder) == 1
+    assert publish_version(write_something, name_folder, accept) == name_folder / "1"
+    assert publish_version(write_something, name_folder, accept) == name_folder / "2"
+    (name_folder / "00000123").mkdir()  # the server reads it as 123
+    (name_folder / "notes").mkdir()
+    assert publish_version(write_something, name_folder, accept) == name_folder / "124"
+    assert (name_folder / "124/variables/variables.index").read_bytes() == b"index"
+    assert sorted(path.name for path in name_folder.iterdir()) == ["00000123", "1", "124", "2", "notes"]
+
+
+def test_written_and_checked_out_of_the_servers_sight(tmp_path):
+    name_folder = tmp_path / "photos"
+    seen = []
+
+    def check(folder):
+        seen.append(folder)
+        assert folder.parent == name_folder  # the same file system, or the rename would copy
+        assert [path.name for path in name_folder.iterdir()] == [folder.name]
+        assert folder.name.startswith(".tmp-")
+
+    assert publish_version(write_something, name_folder, check).name == "1"
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("broken"), GraftError("differs"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", ["write", "check"])
+def test_failure_leaves_nothing(tmp_path, failing, error):
+    def fail(folder):
+        raise error
+
+    write, check = (fail, accept) if failing == "write" else (write_something, fail)
+    with pytest.raises(type(error)):
+        publish_version(write, tmp_path / "serving" / "photos", check)
+    assert list(tmp_path.iterdir()) == []
+    publish_version(write_something, tmp_path / "photos", accept)
+    with pytest.raises(type(error)):
+        publish_version(write, tmp_path / "photos", check)
+    assert [path.name for path in (tmp_path / "photos").iterdir()] == ["1"]
+
+
+def test_publishers_at_once_get_different_numbers(tmp_path):
+    barrier = threading.Barrier(8)
+
+    def publish(number):
+        def write(folder):
+            (folder / "saved_model.pb").write_bytes(b"%d" % number)
+
+        def check(folder):
+            barrier.wait()
+
+        return publish_version(write, tmp_path / "photos", check)
+
+    with ThreadPoolExecutor(8) as pool:
+        versions = list(pool.map(publish, range(8)))
+    assert sorted(int(version.name) for version in versions) == list(range(1, 9))
+    for number, version in enumerate(versions):
+        assert (version / "saved_model.pb").read_bytes() == b"%d" % number
+    assert len(list((tmp_path / "photos").iterdir())) == 8
+
+
+def test_below_a_regular_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GraftError, match=r"file/serving: cannot make this folder \(Not a directory"):
+        publish_version(write_something, tmp_path / "file" / "serving", accept)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        tf.errors.ResourceExhaustedError(None, None, "variables.data: No space left on device"),
+    ],
+)
+def test_full_disk_is_explained(tmp_path, error):
+    def write(folder):
+        raise error
+
+    message = r"photos: the disk is full: a version needs more than the [\d.]+ MB that are free there"
+    with pytest.raises(GraftError, match=message):
+        publish_version(write, tmp_path / "photos", accept)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_of_a_device_is_no_disk(tmp_path):
+    def write(folder):
+        raise tf.errors.ResourceExhaustedError(None, None, "OOM when allocating tensor")
+
+    with pytest.raises(tf.errors.ResourceExhaustedError):
+        publish_version(write, tmp_path / "photos", accept)
+
+
+def test_small_disk(tmp_path):
+    """A real file system of 100 kB, where the user may mount one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(tmp_path)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system")
+
+    def write(folder):
+        module = tf.Module()
+        module.weights = tf.Variable(tf.zeros([1_000_000]))
+        tf.saved_model.save(module, str(folder))
+
+    try:
+        with pytest.raises(GraftError, match=r"serving: the disk is full: a version needs more than the 0\.1 MB"):
+            publish_version(write, tmp_path / "serving", accept)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
