@@ -70,8 +70,7 @@ def read_torch(path) -> dict[str, np.ndarray]:
         raise GraftError(f"{path}: cannot be read: {error.strerror or error}") from None
     except Exception as error:  # damaged pickles and archives raise nearly every type there is
         raise GraftError(
-            f"{path}: not a whole PyTorch checkpoint ({type(error).__name__}: {error});"
-            " copy or download it again"
+            f"{path}: not a whole PyTorch checkpoint ({type(error).__name__}: {error}); copy or download it again"
         ) from error
 
 
@@ -83,9 +82,7 @@ def _read(file) -> dict[str, np.ndarray]:
     elif start[:1] == pickle.PROTO:
         tensors, arrays = _read_old(file)
     else:
-        raise GraftError(
-            "not a PyTorch checkpoint; expected a file that torch.save(model.state_dict(), path) wrote"
-        )
+        raise GraftError("not a PyTorch checkpoint; expected a file that torch.save(model.state_dict(), path) wrote")
     return {name: _array(name, tensor, arrays[tensor.storage[2]]) for name, tensor in tensors.items()}
 
 
@@ -129,9 +126,7 @@ def _read_old(file):
             raise GraftError(f"storage {key} has {count} elements; expected {expected}: the file is damaged")
         data = file.read(count * dtype.itemsize)
         if len(data) < count * dtype.itemsize:
-            raise GraftError(
-                f"storage {key} has {len(data)} bytes; expected {count * dtype.itemsize}: cut off"
-            )
+            raise GraftError(f"storage {key} has {len(data)} bytes; expected {count * dtype.itemsize}: cut off")
         arrays[key] = np.frombuffer(data, dtype)
     return _flatten(tree), arrays
 
@@ -206,19 +201,14 @@ def _array(name, tensor, storage) -> np.ndarray:
     if view is not None:  # (key, offset, count): until PyTorch 0.3 a storage could be part of another
         start += view[1]
     numbers = (start, *tensor.shape, *tensor.strides)
-    if any(type(number) is not int or number < 0 for number in numbers) or len(tensor.shape) != len(
-        tensor.strides
-    ):
-        raise GraftError(
-            f"{name}: the shape {tensor.shape} with strides {tensor.strides} at {start} makes no sense"
-        )
+    if any(type(number) is not int or number < 0 for number in numbers) or len(tensor.shape) != len(tensor.strides):
+        raise GraftError(f"{name}: the shape {tensor.shape} with strides {tensor.strides} at {start} makes no sense")
     last = start + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.strides, strict=True))
     if math.prod(tensor.shape) == 0:
         return np.zeros(tensor.shape, storage.dtype)
     if last >= len(storage):
         raise GraftError(
-            f"{name}: reaches element {last} of a storage that holds {len(storage)};"
-            " the file is damaged or forged"
+            f"{name}: reaches element {last} of a storage that holds {len(storage)}; the file is damaged or forged"
         )
     strides = [stride * storage.itemsize for stride in tensor.strides]
     return np.lib.stride_tricks.as_strided(storage[start:], tensor.shape, strides, writeable=False)

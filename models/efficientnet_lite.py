@@ -77,9 +77,7 @@ def efficientnet_lite(variant: str = "lite0") -> keras.Model:
             repeats = math.ceil(repeats * depth)
         for unit in range(repeats):
             name = f"block{stage}{chr(ord('a') + unit)}"
-            x = _unit(
-                x, name, kernel_size, stride if unit == 0 else 1, expansion, _round_filters(filters * width)
-            )
+            x = _unit(x, name, kernel_size, stride if unit == 0 else 1, expansion, _round_filters(filters * width))
     x = _convolution(x, "top_conv", FEATURE_SIZE, kernel_size=1)
     x = _normalize(x, "top_bn", activation="top_activation")
     return keras.Model(inputs, x, name=f"efficientnet_{variant}")
@@ -91,9 +89,7 @@ def _unit(inputs, name, kernel_size, strides, expansion, filters):
     if expansion > 1:
         x = _convolution(x, f"{name}_expand_conv", inputs.shape[-1] * expansion, kernel_size=1)
         x = _normalize(x, f"{name}_expand_bn", activation=f"{name}_expand_activation")
-    x = layers.DepthwiseConv2D(
-        kernel_size, strides, padding="same", use_bias=False, name=f"{name}_depthwise_conv"
-    )(x)
+    x = layers.DepthwiseConv2D(kernel_size, strides, padding="same", use_bias=False, name=f"{name}_depthwise_conv")(x)
     x = _normalize(x, f"{name}_depthwise_bn", activation=f"{name}_depthwise_activation")
     x = _convolution(x, f"{name}_project_conv", filters, kernel_size=1)
     x = _normalize(x, f"{name}_project_bn")

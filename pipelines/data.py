@@ -19,7 +19,22 @@ OFFLINE_IMAGE_SETS = tuple(name for name, entry in offline.DATA.items() if entry
 # What counts as an image by its name. Kinds that inputs.py refuses are here too: they are reported
 # with the reason, where silence would leave a class half empty.
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .png .gif .bmp .webp .tif .tiff .dcm .heic .heif .avif .jxl".split()
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".png",
+        ".gif",
+        ".bmp",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".dcm",
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+    ]
 )
 
 
@@ -172,7 +187,13 @@ def load_images(found: list[tuple[str, str, str]], min_per_class: int = 0) -> Sp
     with concurrent.futures.ThreadPoolExecutor() as pool:
         ids = list(pool.map(content_id, [row[2] for row, _ in kept]))
     rows = [
-        {"id": identity, "path": row[2], "label": class_names.index(row[1]), "group": identity, "split": row[0]}
+        {
+            "id": identity,
+            "path": row[2],
+            "label": class_names.index(row[1]),
+            "group": identity,
+            "split": row[0],
+        }
         for (row, _), identity in zip(kept, ids)
     ]
     tables = make_splits(rows, class_names, warnings)
@@ -221,14 +242,25 @@ def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -
         row["split"] = first_split.setdefault(row["group"], row["split"])
     _warn_of_duplicates(rows, class_names, warnings)
     schema = pa.schema(
-        [("id", pa.string()), ("path", pa.string()), ("label", pa.int64()), ("group", pa.string()), ("weight", pa.float32())]
+        [
+            ("id", pa.string()),
+            ("path", pa.string()),
+            ("label", pa.int64()),
+            ("group", pa.string()),
+            ("weight", pa.float32()),
+        ]
     )
-    return {
-        name: pa.Table.from_pylist(
-            [{**row, "weight": 1.0} for row in rows if row["split"] == name], schema=schema
-        )
+    tables = {
+        name: pa.Table.from_pylist([{**row, "weight": 1.0} for row in rows if row["split"] == name], schema=schema)
         for name in SPLIT_NAMES
     }
+    for name, purpose in (("val", "validate with"), ("test", "test with")):
+        if not tables[name].num_rows:
+            raise GraftError(
+                f"The split leaves no images to {purpose}. Give at least three images of some class, "
+                f"or a folder {name}/ with its own class folders."
+            )
+    return tables
 
 
 def _warn_of_duplicates(rows: list[dict], class_names: list[str], warnings: list[str]) -> None:
@@ -244,9 +276,11 @@ def _warn_of_duplicates(rows: list[dict], class_names: list[str], warnings: list
     contradictory = sum(len({row["label"] for row in same}) > 1 for same in repeated)
     if contradictory:
         warnings.append(f"{contradictory} images appear in more than one class.")
-    leaked = sum({"train", "test"} <= {row["split"] for row in same} for same in repeated)
+    leaked = sum(
+        "test" in splits and len(splits) > 1 for splits in ({row["split"] for row in same} for same in repeated)
+    )
     if leaked:
-        warnings.append(f"{leaked} images of the given test set are also in the training set: its score is too good.")
+        warnings.append(f"{leaked} images of the given test set are also trained on: its score is too good.")
     train_labels = {row["label"] for row in rows if row["split"] == "train"}
     untrained = sorted({row["label"] for row in rows} - train_labels)
     if untrained:
@@ -289,7 +323,9 @@ def dataset(table: pa.Table, load, *, batch_size: int, epoch: int = 0, training:
     count = table.num_rows
     order = permutation(count, seed, epoch) if training else np.arange(count)
     padding = -count % batch_size
-    rows = np.concatenate([order, np.full(padding, order[count - count % batch_size] if padding else 0)]).astype(np.int32)
+    rows = np.concatenate([order, np.full(padding, order[count - count % batch_size] if padding else 0)]).astype(
+        np.int32
+    )
     real = np.arange(len(rows)) < count
     labels = table["label"].to_numpy().astype(np.int32)[rows]
     weights = table["weight"].to_numpy()[rows] * real
@@ -299,7 +335,13 @@ def dataset(table: pa.Table, load, *, batch_size: int, epoch: int = 0, training:
     def load_example(path, example_seed, label, weight, row):
         return load(path, example_seed), label, weight, row
 
-    slices = (paths.astype(str), seeds, labels, weights.astype(np.float32), np.where(real, rows, -1).astype(np.int32))
+    slices = (
+        paths.astype(str),
+        seeds,
+        labels,
+        weights.astype(np.float32),
+        np.where(real, rows, -1).astype(np.int32),
+    )
     return (
         tf.data.Dataset.from_tensor_slices(slices)
         .map(load_example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)

@@ -233,7 +233,16 @@ def dropout_seeder(model: Classifier, seed: int):
 
 
 def fit_two_phase(
-    model: Classifier, splits: Splits, loader, config, strategy, *, callbacks=(), on_start=None, on_best=None, on_end=None
+    model: Classifier,
+    splits: Splits,
+    loader,
+    config,
+    strategy,
+    *,
+    callbacks=(),
+    on_start=None,
+    on_best=None,
+    on_end=None,
 ) -> list[dict]:
     """Phase 1: the head on the frozen backbone. Phase 2: the top `--depth` blocks too, at reduced rates.
 

@@ -74,3 +74,44 @@ def mirrored(two_logical_devices):
     from pipelines.distribute import make_strategy
 
     return make_strategy("mirrored", ("CPU:0", "CPU:1"))
+
+
+@pytest.fixture(scope="session")
+def tiny_preset(tmp_path_factory):
+    """A KerasHub preset folder of a small random EfficientNet with its image converter, 32-pixel input."""
+    import keras
+    import keras_hub
+
+    folder = tmp_path_factory.mktemp("presets") / "tiny_efficientnet"
+    keras.utils.set_random_seed(0)
+    encoder = keras_hub.models.EfficientNetBackbone(
+        stackwise_width_coefficients=[0.25] * 2,
+        stackwise_depth_coefficients=[1.0] * 2,
+        stackwise_squeeze_and_excite_ratios=[0.25] * 2,
+        stackwise_kernel_sizes=[3, 3],
+        stackwise_num_repeats=[1, 2],
+        stackwise_input_filters=[32, 16],
+        stackwise_output_filters=[16, 24],
+        stackwise_expansion_ratios=[1, 6],
+        stackwise_strides=[1, 2],
+        stackwise_block_types=["v1", "v1"],
+        dropout=0.2,
+        min_depth=None,
+        include_stem_padding=True,
+        use_depth_divisor_as_min_depth=True,
+        cap_round_filter_decrease=True,
+        stem_conv_padding="valid",
+        batch_norm_momentum=0.9,
+        batch_norm_epsilon=1e-5,
+        image_shape=(None, None, 3),
+    )
+    converter = keras_hub.layers.EfficientNetImageConverter(
+        image_size=(32, 32),
+        scale=[1 / 255 / 0.229, 1 / 255 / 0.224, 1 / 255 / 0.225],
+        offset=[-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225],
+        interpolation="bilinear",
+        antialias=True,
+    )
+    encoder.save_to_preset(str(folder))
+    converter.save_to_preset(str(folder))
+    return folder

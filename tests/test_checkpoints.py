@@ -22,13 +22,9 @@ def pushed(value) -> bytes:
 
 def forged_pickle(offset, shape, strides, count, view=None) -> bytes:
     """A state dict {"w": tensor} as torch.save pickles it, with any numbers."""
-    storage = (
-        b"(" + pushed("storage") + b"ctorch\nFloatStorage\n" + pushed("0") + pushed("cpu") + pushed(count)
-    )
+    storage = b"(" + pushed("storage") + b"ctorch\nFloatStorage\n" + pushed("0") + pushed("cpu") + pushed(count)
     storage += (pushed(view) if view else b"") + b"tQ"
-    tensor = (
-        b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + pushed(offset) + pushed(shape) + pushed(strides)
-    )
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + pushed(offset) + pushed(shape) + pushed(strides)
     return b"\x80\x02}" + pushed("w") + tensor + pushed(False) + b"}tRs."
 
 
@@ -87,9 +83,7 @@ def test_a_file_that_runs_code_is_refused_and_runs_nothing(name, tmp_path, monke
 
 
 def test_a_pickled_module_is_refused_and_says_how_to_save_it():
-    with pytest.raises(
-        GraftError, match=r"container\.Sequential.*torch\.save\(model\.state_dict\(\), path\)"
-    ):
+    with pytest.raises(GraftError, match=r"container\.Sequential.*torch\.save\(model\.state_dict\(\), path\)"):
         read_torch(FIXTURES / "whole_module.zip.pth")
 
 
@@ -150,9 +144,7 @@ def test_foreign_files_are_named_as_such(tmp_path):
     foreign = tmp_path / "model.pth"
     for data in (b"", b"weights", b"\x89HDF\r\n\x1a\n", struct.pack("<q", 2) + b"{}"):
         foreign.write_bytes(data)
-        with pytest.raises(
-            GraftError, match=r"model\.pth: not a PyTorch checkpoint; expected a file that torch\.save"
-        ):
+        with pytest.raises(GraftError, match=r"model\.pth: not a PyTorch checkpoint; expected a file that torch\.save"):
             read_torch(foreign)
     foreign.write_bytes(pickle.dumps({"w": [1, 2]}, 2))
     with pytest.raises(GraftError, match="a pickle, but not a PyTorch checkpoint"):

@@ -47,7 +47,9 @@ def test_a_pattern_that_matches_nothing_lists_the_layers(model):
 
 @pytest.mark.parametrize("count", [0, 4, 99])
 def test_a_depth_that_is_not_there(model, count):
-    with pytest.raises(GraftError, match=f"Depth {count} is not possible: tiny has 3 blocks. Give head, a number from 1 to 3"):
+    with pytest.raises(
+        GraftError, match=f"Depth {count} is not possible: tiny has 3 blocks. Give head, a number from 1 to 3"
+    ):
         freezing.unfreeze_top(model, count)
 
 

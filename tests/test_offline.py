@@ -117,9 +117,7 @@ def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 def test_unknown_names_list_the_known_ones(cache):
-    with pytest.raises(
-        GraftError, match="resnet: nothing to fetch by this name; there are efficientnet_lite0"
-    ):
+    with pytest.raises(GraftError, match="resnet: nothing to fetch by this name; there are efficientnet_lite0"):
         offline.fetch("resnet")
     with pytest.raises(GraftError, match="cats: no image data set by this name; there are textures, digits"):
         offline.image_data_folder("cats")
@@ -143,9 +141,7 @@ def test_textures(cache):
         assert min(tile.std() for tile in pixels) >= 1
         contents[split] = {tile.tobytes() for tile in pixels}
     assert not contents["train"] & contents["test"]
-    right_edge_of_train = (
-        max(int(path.stem.split("x")[1]) for path in (folder / "train" / "brick").iterdir()) + 48
-    )
+    right_edge_of_train = max(int(path.stem.split("x")[1]) for path in (folder / "train" / "brick").iterdir()) + 48
     left_edge_of_test = min(int(path.stem.split("x")[1]) for path in (folder / "test" / "brick").iterdir())
     assert right_edge_of_train <= 0.60 * 512
     assert left_edge_of_test >= 0.65 * 512
@@ -178,9 +174,7 @@ def test_digits(cache):
 
 def test_imports_neither_tensorflow_nor_keras():
     code = "import sys, models.offline; print({'tensorflow', 'keras', 'sklearn', 'numpy'} & set(sys.modules))"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
 
 

@@ -57,7 +57,9 @@ def test_each_block_moves_as_under_its_own_plain_optimizer(model, name):
     for weight, reference, value in zip(model.trainable_weights, references, start):
         moved = np.abs(reference.numpy() - value).max()
         assert moved > 0
-        np.testing.assert_allclose(weight.numpy(), reference.numpy(), rtol=0, atol=2e-7 * max(1, moved), err_msg=weight.path)
+        np.testing.assert_allclose(
+            weight.numpy(), reference.numpy(), rtol=0, atol=2e-7 * max(1, moved), err_msg=weight.path
+        )
         weight.assign(value)
 
 

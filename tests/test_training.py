@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from models import GraftError, freezing
+from models import GraftError
 from models.classifier import Classifier
 from pipelines import training
 from pipelines.config import ImageConfig
@@ -102,13 +102,18 @@ def test_a_fine_tuning_that_makes_validation_worse_is_undone(splits):
 
 
 def test_early_stopping_restores_the_best_epoch(splits):
-    model, (head,) = train(splits, depth="head", head_epochs=30, head_learning_rate=3.0, patience=2, schedule="constant")
+    model, (head,) = train(
+        splits, depth="head", head_epochs=30, head_learning_rate=3.0, patience=2, schedule="constant"
+    )
     values = [row["val_loss"] for row in head["history"]]
     assert head["epochs"] == head["best_epoch"] + 2 < 30
     assert head["val_loss"] == min(values) == values[head["best_epoch"] - 1]
     batches = dataset(splits.val, image_loader(model.backbone.preprocess, 255), batch_size=8)
     logits = training.predict_logits(
-        training.make_predict_step(model, tf.distribute.get_strategy()), tf.distribute.get_strategy(), batches, splits.val.num_rows
+        training.make_predict_step(model, tf.distribute.get_strategy()),
+        tf.distribute.get_strategy(),
+        batches,
+        splits.val.num_rows,
     )
     loss, _ = training.mean_loss_and_accuracy(splits.val["label"].to_numpy(), logits)
     assert loss == pytest.approx(head["val_loss"], abs=1e-6)
@@ -141,7 +146,10 @@ def test_balanced_class_weights(splits):
 
 
 def test_a_batch_that_devices_cannot_share_is_refused(splits, mirrored):
-    with pytest.raises(GraftError, match="--batch-size 10 cannot be shared evenly by 2 devices in 2 accumulation steps.*multiple of 4"):
+    with pytest.raises(
+        GraftError,
+        match="--batch-size 10 cannot be shared evenly by 2 devices in 2 accumulation steps.*multiple of 4",
+    ):
         train(splits, mirrored, batch_size=10, accumulation_steps=2)
 
 

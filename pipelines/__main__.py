@@ -1,0 +1,59 @@
+"""The `graft` command: one table from word to function; each word imports only what it needs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from models import GraftError
+
+COMMANDS = {  # word: (module, function, what it does)
+    "image": ("pipelines.image", "main", "fine-tune an image model on your pictures and export it"),
+    "predict": ("pipelines.batch", "predict", "label files with a run's exported model"),
+    "evaluate": ("pipelines.batch", "evaluate_run", "score a run's exported model on other labelled data"),
+    "export": ("pipelines.image", "export_run", "export a run again, or what a stopped run had learned"),
+}
+
+HELP = """usage: graft COMMAND [OPTIONS]
+
+Transfer learning for TensorFlow and Keras: a pretrained backbone and a small labelled
+dataset in, a verified SavedModel for TensorFlow Serving and a report out.
+
+commands:
+{commands}
+
+`graft COMMAND --help` shows a command's options. Start with: graft image --data photos/
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        lines = [f"  {word:<10}{text}" for word, (_, _, text) in COMMANDS.items()]
+        print(HELP.format(commands="\n".join(lines)), end="")
+        return 0
+    word, rest = argv[0], argv[1:]
+    if word not in COMMANDS:
+        print(
+            f"graft: unknown command {word!r}; there are {', '.join(COMMANDS)}. See graft --help.",
+            file=sys.stderr,
+        )
+        return 2
+    module, function, _ = COMMANDS[word]
+    return guarded(getattr(importlib.import_module(module), function), rest)
+
+
+def guarded(command, argv: list[str]) -> int:
+    """Run a command; a GraftError becomes one message and its exit code, never a traceback."""
+    try:
+        return command(argv)
+    except GraftError as error:
+        print(f"graft: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("graft: stopped.", file=sys.stderr)
+        return 75
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,39 @@
+"""Keras callbacks that observe a phase: the progress bar, and logs for TensorBoard."""
+
+from __future__ import annotations
+
+import pathlib
+
+import keras
+
+from pipelines.console import console, progress_bar
+
+
+class ProgressPrinter(keras.callbacks.Callback):
+    """A bar over the batches of a phase, and a line per epoch."""
+
+    def on_train_begin(self, logs=None):
+        self.bar = progress_bar()
+        self.bar.start()
+        total = self.params["epochs"] * self.params["steps"]
+        self.task = self.bar.add_task("training", total=total, note="")
+        self.epochs_done = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.bar.update(self.task, advance=1, note=f"loss {logs['loss']:.3f}  accuracy {logs['accuracy']:.3f}")
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.epochs_done += 1
+        console.print(
+            f"  epoch {self.epochs_done:>2}/{self.params['epochs']}"
+            f"   loss {logs['loss']:.3f}   accuracy {logs['accuracy']:.3f}"
+            f"   validation loss {logs['val_loss']:.3f}   accuracy {logs['val_accuracy']:.3f}"
+        )
+
+    def on_train_end(self, logs=None):
+        self.bar.stop()
+
+
+def tensorboard(run_dir: pathlib.Path) -> keras.callbacks.TensorBoard:
+    """Logs in RUN/tensorboard; the phases share one axis of epochs."""
+    return keras.callbacks.TensorBoard(str(run_dir / "tensorboard"), write_graph=False)

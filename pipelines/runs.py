@@ -1,0 +1,164 @@
+"""Run folders: made once, never overwritten, and read back after training."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import errno
+import io
+import json
+import os
+import pathlib
+import shutil
+
+import pyarrow as pa
+
+from models import GraftError
+
+CHECKPOINTS = (
+    "fine_tune",
+    "head",
+)  # newest first: a fine-tuned checkpoint exists only where it beat the head
+
+
+def choose_run_folder(out: str, data: str) -> pathlib.Path:
+    """The folder of a new run: `out`, or runs/NAME OF THE DATA, then -2, -3. Nothing is written yet.
+
+    Raises:
+        GraftError: `out` exists already, or lies below something that is not a folder.
+    """
+    if out:
+        folder = pathlib.Path(out)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise GraftError(f"--out {out} exists already and a run is never overwritten. Give another folder.")
+    else:
+        folder = free_name(pathlib.Path("runs"), data)
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not above.is_dir():
+        raise GraftError(f"--out {folder} cannot be made: {above} is a file, not a folder. Give another folder.")
+    if not os.access(above, os.W_OK):
+        raise GraftError(f"--out {folder} cannot be made: no right to write in {above}. Give another folder.")
+    return folder
+
+
+def free_name(parent: pathlib.Path, data: str) -> pathlib.Path:
+    """PARENT/NAME OF THE DATA, or with -2, -3, ... where that is taken."""
+    name = pathlib.Path(data).resolve().name if pathlib.Path(data).exists() else pathlib.Path(data).name
+    folder, number = parent / name, 2
+    while folder.exists():
+        folder, number = parent / f"{name}-{number}", number + 1
+    return folder
+
+
+def check_free_space(folder: pathlib.Path, needed_bytes: int) -> None:
+    """Raise GraftError where the disk of `folder` has less free than a run needs."""
+    above = next(parent for parent in folder.absolute().parents if parent.exists())
+    free = shutil.disk_usage(above).free
+    if free < needed_bytes:
+        raise GraftError(
+            f"The disk of {above} is full: {free / 1e6:.0f} MB free, a run needs about {needed_bytes / 1e6:.0f} MB "
+            f"for checkpoints and the exported model. Free some space or give another --out."
+        )
+
+
+@contextlib.contextmanager
+def full_disk_is_an_error(folder: pathlib.Path):
+    """Turn "no space left" from anywhere below into a GraftError."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error)
+        no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if no_space or "No space left" in text or "errno = 28" in text:
+            raise GraftError(
+                f"The disk of {folder} is full ({text.splitlines()[0]}). What was saved before is whole: "
+                f"free some space, then `graft export {folder}` or train again."
+            ) from error
+        raise
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: pathlib.Path, value) -> None:
+    """Write JSON whole or not at all; keys stay in their order."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_csv(path: pathlib.Path, rows: list[dict], columns: list[str]) -> None:
+    """Write rows as CSV, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+def save_checkpoint(model, run_dir: pathlib.Path, name: str) -> None:
+    """Save the model's weights as checkpoints/NAME.weights.h5, whole or not at all."""
+    folder = run_dir / "checkpoints"
+    folder.mkdir(exist_ok=True)
+    temporary = folder / f".tmp-{name}.weights.h5"
+    try:
+        model.save_weights(temporary)
+        os.replace(temporary, folder / f"{name}.weights.h5")
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_checkpoint(run_dir: pathlib.Path) -> pathlib.Path | None:
+    """The best weights that a run has saved, or None."""
+    for name in CHECKPOINTS:
+        path = run_dir / "checkpoints" / f"{name}.weights.h5"
+        if path.is_file():
+            return path
+    return None
+
+
+def read_split(run_dir: pathlib.Path, split: str) -> pa.Table:
+    """The rows of one split from the run's splits.csv; files that are gone since are left out."""
+    with open(run_dir / "splits.csv", newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == split and os.path.exists(row["path"])]
+    return pa.table(
+        {
+            "id": [row["id"] for row in rows],
+            "path": [row["path"] for row in rows],
+            "label": pa.array([int(row["label"]) for row in rows], pa.int64()),
+            "weight": pa.array([1.0] * len(rows), pa.float32()),
+        }
+    )
+
+
+def find_version(run: str) -> pathlib.Path:
+    """The newest exported version of a run: RUN/serving/NAME/NUMBER.
+
+    Args:
+        run: a run folder, or the folder of an exported version itself.
+
+    Raises:
+        GraftError: no such folder, or nothing exported in it.
+    """
+    folder = pathlib.Path(run)
+    if (folder / "saved_model.pb").is_file():
+        return folder
+    if not folder.is_dir():
+        raise GraftError(
+            f"{run}: there is no such run folder. Give the folder that `graft image` wrote, such as runs/photos."
+        )
+    versions = [path.parent for path in folder.glob("serving/*/*/saved_model.pb") if path.parent.name.isdecimal()]
+    if not versions:
+        hint = (
+            f"Make one with `graft export {run}`." if find_checkpoint(folder) else "Train first: `graft image --help`."
+        )
+        raise GraftError(f"{run}: this run holds no exported model. {hint}")
+    return max(versions, key=lambda path: int(path.name))

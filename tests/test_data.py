@@ -1,0 +1,180 @@
+"""Finding, splitting and feeding data: what a user's folder becomes."""
+
+import collections
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from models import GraftError
+from pipelines import data
+from tests.conftest import write_png_folder
+
+
+def row(label, identity, split=""):
+    return {"id": identity, "path": f"{identity}.png", "label": label, "group": identity, "split": split}
+
+
+def split_of(tables):
+    return {r["id"]: name for name, table in tables.items() for r in table.to_pylist()}
+
+
+# ---- finding files
+
+
+def test_class_folders_and_split_folders(tmp_path):
+    write_png_folder(tmp_path / "plain", classes=2, per_class=2)
+    found = data.find_images(str(tmp_path / "plain"))
+    assert [(split, label) for split, label, _ in found] == [("", "class0")] * 2 + [("", "class1")] * 2
+    for name in ("train", "valid", "test"):
+        write_png_folder(tmp_path / "split" / name, classes=2, per_class=1)
+    found = data.find_images(str(tmp_path / "split"))
+    assert {(split, label) for split, label, _ in found} == {
+        (split, label) for split in ("train", "val", "test") for label in ("class0", "class1")
+    }
+
+
+def test_hidden_and_foreign_files_are_no_images(tmp_path):
+    write_png_folder(tmp_path / "x", classes=2, per_class=1)
+    (tmp_path / "x" / "class0" / "notes.txt").write_text("no image")
+    shutil.copytree(tmp_path / "x" / "class0", tmp_path / "x" / ".thumbnails")
+    assert len(data.find_images(str(tmp_path / "x"))) == 2
+
+
+def test_mistakes_in_a_folder_say_what_to_do(tmp_path):
+    with pytest.raises(GraftError, match=r"--data nowhere: there is no such folder.*offline set: textures, digits"):
+        data.find_images("nowhere")
+    (tmp_path / "empty" / "cat").mkdir(parents=True)
+    with pytest.raises(GraftError, match="no images in this folder. Expected one folder per class"):
+        data.find_images(str(tmp_path / "empty"))
+    write_png_folder(tmp_path / "one", classes=1)
+    with pytest.raises(GraftError, match="only one class, 'class0'"):
+        data.find_images(str(tmp_path / "one"))
+    write_png_folder(tmp_path / "loose", classes=2)
+    shutil.copy(tmp_path / "loose" / "class0" / "000.png", tmp_path / "loose" / "stray.png")
+    with pytest.raises(GraftError, match=r"stray.png is in no class folder"):
+        data.find_images(str(tmp_path / "loose"))
+
+
+def test_a_class_with_one_image():
+    found = [("", "a", "1"), ("", "a", "2"), ("", "b", "3"), ("", "b", "4"), ("", "c", "5")]
+    with pytest.raises(GraftError, match="Class c has one image.*--min-per-class 2"):
+        data.drop_small_classes(found, 0)
+    assert data.drop_small_classes(found, 2) == (found[:4], ["c"])
+    with pytest.raises(GraftError, match="--min-per-class 3 leaves 0 of 3 classes"):
+        data.drop_small_classes(found, 3)
+
+
+# ---- splits
+
+
+def test_made_splits_are_70_15_15_per_class_and_depend_on_content_only():
+    rows = [row(label, f"{label}{index:03}") for label in (0, 1) for index in range(100)]
+    shuffled = list(np.random.default_rng(0).permutation(np.array(rows, dtype=object)))
+    tables = data.make_splits([dict(r) for r in rows], ["a", "b"], [])
+    assert split_of(tables) == split_of(data.make_splits([dict(r) for r in shuffled], ["a", "b"], []))
+    for name, count in {"train": 70, "val": 15, "test": 15}.items():
+        assert collections.Counter(tables[name]["label"].to_pylist()) == {0: count, 1: count}
+
+
+def test_equal_content_never_straddles_made_splits_whatever_its_label():
+    rows = [row(0, f"a{i}") for i in range(20)] + [row(1, f"b{i}") for i in range(20)]
+    rows += [row(1, f"a{i}") for i in range(20)]  # the same pictures, labelled differently
+    warnings = []
+    tables = data.make_splits(rows, ["a", "b"], warnings)
+    names = collections.defaultdict(set)
+    for name, table in tables.items():
+        for r in table.to_pylist():
+            names[r["id"]].add(name)
+    assert all(len(splits) == 1 for splits in names.values())
+    assert any("20 images are exact copies" in w for w in warnings)
+    assert any("20 images appear in more than one class" in w for w in warnings)
+
+
+def test_given_splits_are_kept_and_a_leak_is_told():
+    rows = [row(0, f"a{i}", "train") for i in range(20)] + [row(1, f"b{i}", "train") for i in range(20)]
+    rows += [row(0, "a0", "test"), row(0, "x", "test"), row(1, "y", "test")]
+    warnings = []
+    tables = data.make_splits(rows, ["a", "b"], warnings)
+    assert sorted(tables["test"]["id"].to_pylist()) == ["a0", "x", "y"]
+    assert tables["val"].num_rows == 6 and tables["train"].num_rows == 34
+    assert any("1 images of the given test set are also trained on" in w for w in warnings)
+
+
+def test_a_class_without_training_images_is_an_error():
+    rows = [row(0, "a", "train"), row(0, "b", "train"), row(0, "c", "train"), row(1, "d", "test"), row(0, "e", "test")]
+    with pytest.raises(GraftError, match=r"Classes \['dog'\] have no training images"):
+        data.make_splits(rows, ["cat", "dog"], [])
+
+
+def test_the_smallest_classes_that_work():
+    tables = data.make_splits([row(label, f"{label}{i}") for label in (0, 1) for i in range(3)], ["a", "b"], [])
+    assert [tables[name].num_rows for name in data.SPLIT_NAMES] == [2, 2, 2]
+    with pytest.raises(GraftError, match="leaves no images to validate with"):
+        data.make_splits([row(label, f"{label}{i}") for label in (0, 1) for i in range(2)], ["a", "b"], [])
+
+
+def test_unreadable_files_are_skipped_up_to_a_limit(tmp_path):
+    folder = write_png_folder(tmp_path / "x", classes=2, per_class=25)
+    for index in range(3):
+        (folder / "class0" / f"{index:03}.png").write_bytes(b"no image at all")
+    splits = data.load_images(data.find_images(str(folder)))
+    assert sum(table.num_rows for table in splits) == 47
+    assert [r["reason"][:12] for r in splits.skipped] == ["not an image"] * 3
+    assert any("3 files could not be read" in w for w in splits.warnings)
+    for index in range(3, 5):
+        (folder / "class0" / f"{index:03}.png").write_bytes(b"no image at all")
+    with pytest.raises(
+        GraftError, match=r"(?s)5 of 50 images cannot be read; up to 3 are skipped.*000.png: not an image"
+    ):
+        data.load_images(data.find_images(str(folder)))
+
+
+def test_rotated_and_16_bit_images_are_noticed(tmp_path):
+    folder = write_png_folder(tmp_path / "x", classes=2, per_class=4)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (9, 9), "red").save(folder / "class0" / "turned.jpg", exif=exif)
+    Image.fromarray(np.full((8, 8), 900, np.uint16)).save(folder / "class1" / "deep.png")
+    splits = data.load_images(data.find_images(str(folder)))
+    assert splits.white_level == 1023
+    assert any("1 images carry an EXIF rotation" in w for w in splits.warnings)
+
+
+# ---- tf.data
+
+
+def test_order_and_augmentation_are_functions_of_seed_and_epoch(png_folder):
+    from models.backbone import ImagePreprocess
+
+    splits = data.load_images(data.find_images(str(png_folder)))
+    load = data.image_loader(ImagePreprocess((16, 16)), 255, "flip-crop")
+
+    def epoch(number, seed=0):
+        batches = data.dataset(splits.train, load, batch_size=8, epoch=number, training=True, seed=seed)
+        return [np.concatenate(part) for part in zip(*batches.as_numpy_iterator())]
+
+    images, _, _, rows = epoch(3)
+    again_images, _, _, again_rows = epoch(3)
+    np.testing.assert_array_equal(rows, again_rows)
+    np.testing.assert_array_equal(images, again_images)
+    other_images, _, _, other_rows = epoch(4)
+    assert (rows != other_rows).any() and (epoch(3, seed=1)[3] != rows).any()
+    first = {r: image for r, image in zip(rows, images) if r >= 0}
+    second = {r: image for r, image in zip(other_rows, other_images) if r >= 0}
+    assert all(np.abs(first[r] - second[r]).max() > 1 for r in first)  # another crop in another epoch
+
+
+def test_random_crop_and_flip_stay_inside_and_vary():
+    import tensorflow as tf
+
+    ramp = np.tile(np.arange(40, dtype=np.float32)[None, :, None], (30, 1, 3))
+    widths, directions = set(), set()
+    for index in range(40):
+        crop = data.random_crop(ramp, tf.constant([1, index])).numpy()
+        assert 21 <= crop.shape[0] <= 30 and 28 <= crop.shape[1] <= 40
+        assert crop.min() >= 0 and crop.max() <= 39
+        widths.add(crop.shape[1])
+        directions.add(bool(data.random_flip(ramp, tf.constant([1, index])).numpy()[0, 0, 0] > 20))
+    assert len(widths) > 5 and directions == {True, False}
