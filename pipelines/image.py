@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import sys
@@ -176,10 +177,10 @@ def start_run_folder(run_dir: pathlib.Path, config: ImageConfig, splits: Splits)
     runs.write_text(run_dir / "config.yaml", config_yaml(config))
     runs.write_csv(run_dir / "skipped.csv", splits.skipped, ["path", "reason"])
     rows = [
-        {**row, "split": name} for name, table in zip(("train", "val", "test"), splits) for row in table.to_pylist()
+        {**row, "split": name, "class": splits.class_names[row["label"]], "path": os.path.abspath(row["path"])}
+        for name, table in zip(("train", "val", "test"), splits)
+        for row in table.to_pylist()
     ]
-    for row in rows:
-        row["class"] = splits.class_names[row["label"]]
     runs.write_csv(run_dir / "splits.csv", rows, ["split", "class", "label", "id", "path"])
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     state = {"class_names": splits.class_names, "white_level": splits.white_level}
@@ -304,7 +305,8 @@ def export_run(argv: list[str]) -> int:
         )
     console.print(
         f"Exported the weights of {checkpoint.name} to {version}\n"
-        f"Served answers equal training's ({checked['files']} files, largest difference {checked['largest_difference']:.0e})"
+        f"Served answers equal training's ({checked['files']} files, largest difference "
+        f"{checked['largest_difference']:.0e})"
     )
     return 0
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import errno
 import io
 import json
 import os
@@ -66,13 +65,15 @@ def full_disk_is_an_error(folder: pathlib.Path):
     """Turn "no space left" from anywhere below into a GraftError."""
     try:
         yield
+    except GraftError:
+        raise
     except Exception as error:
-        text = str(error)
-        no_space = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        if no_space or "No space left" in text or "errno = 28" in text:
+        from serving.export import is_disk_full
+
+        if is_disk_full(error):
             raise GraftError(
-                f"The disk of {folder} is full ({text.splitlines()[0]}). What was saved before is whole: "
-                f"free some space, then `graft export {folder}` or train again."
+                f"The disk of {folder} is full: {shutil.disk_usage(folder).free / 1e6:.0f} MB free. What was saved "
+                f"before is whole: free some space, then `graft export {folder}`, or train again."
             ) from error
         raise
 

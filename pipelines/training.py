@@ -58,7 +58,8 @@ def make_train_step(model: Classifier, optimizer, strategy, accumulation_steps: 
             gradients = [tf.zeros_like(weight.value) for weight in model.trainable_weights]
             sums = tf.zeros([4])
             for index in tf.range(accumulation_steps):
-                more, part_sums = gradients_of(*tf.nest.map_structure(lambda x: x[index], parts), total)
+                part = tf.nest.map_structure(lambda x, index=index: x[index], parts)
+                more, part_sums = gradients_of(*part, total)
                 gradients = [a + b for a, b in zip(gradients, more)]
                 sums += part_sums
         optimizer.apply(gradients, model.trainable_weights)
@@ -260,7 +261,8 @@ def fit_two_phase(
     if options.batch_size % (replicas * options.accumulation_steps):
         raise GraftError(
             f"--batch-size {options.batch_size} cannot be shared evenly by {replicas} devices in "
-            f"{options.accumulation_steps} accumulation steps. Give a multiple of {replicas * options.accumulation_steps}."
+            f"{options.accumulation_steps} accumulation steps. "
+            f"Give a multiple of {replicas * options.accumulation_steps}."
         )
     class_count = len(splits.class_names)
     train = class_weighted(splits.train, class_count) if options.class_weights == "balanced" else splits.train

@@ -115,3 +115,17 @@ def tiny_preset(tmp_path_factory):
     encoder.save_to_preset(str(folder))
     converter.save_to_preset(str(folder))
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 1 MB; skips where mounting is not allowed."""
+    import subprocess
+
+    folder = tmp_path / "small_disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small tmpfs is not allowed here")
+    yield folder
+    subprocess.run(["umount", folder], check=True)

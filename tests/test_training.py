@@ -62,7 +62,7 @@ def test_two_replicas_and_accumulation_give_the_losses_of_one(splits, mirrored, 
 
 
 def test_phases_move_what_they_should_and_nothing_else(splits):
-    model, (head, fine_tune) = train(splits)
+    _, (head, fine_tune) = train(splits)
     assert head["weights"] == {"frozen": 18, "trainable": 2, "still": 0}
     assert fine_tune["weights"] == {"frozen": 14, "trainable": 6, "still": 0}  # BatchNorm among the frozen
     assert head["trainable_parameters"] == 8 * 3 + 3
@@ -121,7 +121,6 @@ def test_early_stopping_restores_the_best_epoch(splits):
 
 @pytest.mark.parametrize("batch_size", [2, 8, 10, 64])
 def test_every_example_counts_once_whatever_the_batch_size(splits, mirrored, batch_size):
-    model = None
     with mirrored.scope():
         model = Classifier(tiny_backbone(), 3, dropout=0.0)
     load = image_loader(model.backbone.preprocess, 255)
