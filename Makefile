@@ -28,7 +28,8 @@ demo: $(READY)
 	@rm -rf runs/demo
 	@$(BIN)/graft image --data textures --image-size 160 --out runs/demo
 	@echo "== The exported model's answers on raw PNG files"
-	@$(BIN)/python -m models.offline samples textures | xargs $(BIN)/graft predict runs/demo
+	@awk -F, 'NR == 1 || ($$1 == "test" && ++n % 75 == 1)' runs/demo/splits.csv > runs/demo/some_test_files.csv
+	@$(BIN)/graft predict runs/demo runs/demo/some_test_files.csv
 
 test: $(READY) lint
 	@echo "== All tests (quick and slow)"

@@ -154,10 +154,19 @@ def print_answers(rows: list[dict], answers: list[dict], most: int = 50) -> None
     for row, answer in zip(rows[:most], answers):
         following = "  ".join(f"{l} {s:.2f}" for l, s in zip(answer["labels"][1:3], answer["scores"][1:3]))
         cells = [row["label"], f"{answer['scores'][0]:.3f}", following]
-        table.add_row(row["path"], *(["[yellow]no answer", "", row["error"]] if row["error"] else cells))
+        table.add_row(short(row["path"]), *(["[yellow]no answer", "", row["error"]] if row["error"] else cells))
     console.print(table)
     if len(rows) > most:
         console.print(f"... and {len(rows) - most:,} more; --out predictions.csv writes them all.")
+
+
+def short(path: str, most: int = 40) -> str:
+    """A path, or its last parts where it is long."""
+    parts = pathlib.PurePath(path).parts
+    while len(parts) > 1 and len(path) > most:
+        parts = parts[1:]
+        path = str(pathlib.PurePath("...", *parts))
+    return path
 
 
 # ---------------------------------------------------------------- evaluate
