@@ -144,6 +144,7 @@ def decode_images(data, preprocess: ImagePreprocess, white_level: int = 255):
     """
     count = tf.size(data, out_type=tf.int64)
 
+    @tf.autograph.experimental.do_not_convert
     def read(index, item):
         error = image_error(item)
         image = tf.cond(
@@ -191,6 +192,7 @@ def inspect_images(items, progress=None) -> list[dict]:
     from_paths = not isinstance(items[0], bytes)
     names = [os.fsencode(item) for item in items] if from_paths else items
 
+    @tf.autograph.experimental.do_not_convert
     def inspect(index, item):
         data = tf.io.read_file(item) if from_paths else item
         error = image_error(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import pathlib
 
@@ -332,6 +333,7 @@ def dataset(table: pa.Table, load, *, batch_size: int, epoch: int = 0, training:
     paths = np.array(table["path"].to_pylist(), dtype=object)[rows]
     seeds = np.stack([np.full(len(rows), (seed * 1_000_003 + epoch) % (2**31 - 1), np.int32), rows], axis=1)
 
+    @tf.autograph.experimental.do_not_convert
     def load_example(path, example_seed, label, weight, row):
         return load(path, example_seed), label, weight, row
 
@@ -350,6 +352,7 @@ def dataset(table: pa.Table, load, *, batch_size: int, epoch: int = 0, training:
     )
 
 
+@functools.cache
 def image_loader(preprocess, white_level: int, augmentation: str = "none"):
     """A `load` function for `dataset`: path -> scaled image [height, width, 3] float32."""
     import tensorflow as tf
@@ -359,6 +362,8 @@ def image_loader(preprocess, white_level: int, augmentation: str = "none"):
     # A random crop stands in for the backbone's central one: both would show too little of the image.
     whole = dataclasses.replace(preprocess, crop_share=1.0)
 
+    # A tf.function is traced once, not anew for the data set of every epoch.
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([2], tf.int32)], autograph=False)
     def load(path, seed):
         data = tf.io.read_file(path)
         if augmentation == "none":

@@ -65,7 +65,7 @@ def make_train_step(model: Classifier, optimizer, strategy, accumulation_steps: 
         optimizer.apply(gradients, model.trainable_weights)
         return sums
 
-    @tf.function
+    @tf.function(autograph=accumulation_steps > 1)  # for the loop over parts only: converting takes seconds
     def train_step(batch):
         return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(replica_step, args=batch), axis=None)
 
@@ -75,7 +75,7 @@ def make_train_step(model: Classifier, optimizer, strategy, accumulation_steps: 
 def make_predict_step(model: Classifier, strategy):
     """A tf.function: distributed batch -> per-replica (logits [b, classes], rows [b])."""
 
-    @tf.function
+    @tf.function(autograph=False)
     def predict_step(batch):
         return strategy.run(lambda inputs, labels, weights, rows: (model(inputs, training=False), rows), args=batch)
 

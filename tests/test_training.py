@@ -50,7 +50,7 @@ def losses(phases):
     return [(row["loss"], row["val_loss"]) for phase in phases for row in phase["history"]]
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("adamw", marks=pytest.mark.slow)])
 def test_two_replicas_and_accumulation_give_the_losses_of_one(splits, mirrored, optimizer):
     options = {"optimizer": optimizer, "clip_norm": 0.5, "weight_decay": 0.1, "label_smoothing": 0.1}
     _, one = train(splits, **options)
