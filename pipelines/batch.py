@@ -192,13 +192,14 @@ class EvaluateConfig:
 
 def evaluate_run(argv: list[str]) -> int:
     """`graft evaluate`: the same metrics and report as after training, on external data."""
-    from pipelines.evaluate import evaluate
+    from pipelines.evaluate import check_positive, evaluate
     from pipelines.report import write_report
 
     config = tyro.cli(EvaluateConfig, args=argv, prog="graft evaluate")
     version = runs.find_version(config.run)
     details = read_details(version)
     class_names = details["class_names"]
+    check_positive(config.positive or None, config.specificity, class_names)
     found = find_images(config.data)
     if any(split for split, _, _ in found):
         found = [row for row in found if row[0] == "test"] or found

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from models import GraftError, offline
+from pipelines.console import progress_bar
 
 SPLIT_NAMES = ("train", "val", "test")
 VAL_SHARE = TEST_SHARE = 0.15
@@ -159,7 +160,9 @@ def load_images(found: list[tuple[str, str, str]], min_per_class: int = 0) -> Sp
 
     found, dropped = drop_small_classes(found, min_per_class)
     paths = [path for _, _, path in found]
-    facts = inputs.inspect_images(paths)
+    with progress_bar() as bar:
+        task = bar.add_task("reading images", total=len(paths), note="")
+        facts = inputs.inspect_images(paths, progress=lambda done: bar.update(task, completed=done))
     skipped = [{"path": path, "reason": fact["error"]} for path, fact in zip(paths, facts) if fact["error"]]
     limit = max(len(paths) // 100, 3)
     if len(skipped) > limit:

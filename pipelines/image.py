@@ -15,13 +15,14 @@ import pathlib
 import shutil
 import sys
 
+import numpy as np
 import tyro
 
 from models import GraftError
 from models.names import check_backbone_name, check_depth, known_blocks
 from pipelines import facts, runs
 from pipelines.config import ImageConfig, config_yaml, depth_blocks, parse_config, read_config
-from pipelines.console import console, print_trainable_table, start_tensorflow
+from pipelines.console import console, print_trainable_table, progress_bar, start_tensorflow
 from pipelines.data import Splits, dataset, drop_small_classes, find_images, image_loader, load_images
 
 VERIFIED_FILES = 200  # most test files whose served answers are compared with training's
@@ -57,8 +58,7 @@ def run(config: ImageConfig) -> pathlib.Path:
     # ---- Devices, data, model.
     strategy = make_strategy(config.training.distribute, config.training.devices)
     splits = load_images(found, config.input.min_per_class)
-    if config.report.positive:
-        check_positive(config.report.positive, config.report.specificity, splits.class_names)
+    check_positive(config.report.positive or None, config.report.specificity, splits.class_names)
     print_splits(splits)
     clock.lap("data")
     with strategy.scope():
@@ -74,7 +74,9 @@ def run(config: ImageConfig) -> pathlib.Path:
 
     def logits_of(table):
         batches = dataset(table, loader("none"), batch_size=config.training.batch_size)
-        return predict_logits(predict_step, strategy, batches, table.num_rows)
+        with progress_bar() as bar:
+            task = bar.add_task("evaluating", total=len(batches), note="")
+            return predict_logits(predict_step, strategy, batches, table.num_rows, lambda: bar.advance(task))
 
     def test_phase(phase):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -249,11 +251,20 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, r
         f"[bold]{facts.headline(gathered['metrics']['test'])}[/] on {gathered['examples']['test']:,} test images. "
         f"{' '.join(gathered['verdicts'])}\n"
         f"Look first: {len(gathered['mistakes'])} worst mistakes   {report}\n"
-        f"Served answers equal training's ({checked['files']} files, largest difference "
-        f"{checked['largest_difference']:.0e})   {version}\n"
+        f"{served_line(checked)}   {version}\n"
         f"Try it:   graft predict {run_dir} FILES\n"
         f"          docker run -p 8501:8501 -v {version.parent.absolute()}:/models/{name} "
         f"-e MODEL_NAME={name} tensorflow/serving:2.20.0"
+    )
+
+
+def served_line(checked: dict) -> str:
+    """What verification found, in one line."""
+    if not checked["files"]:
+        return "Verified for TensorFlow Serving; no test files were left to compare answers with training's."
+    return (
+        f"Served answers equal training's ({checked['files']} files, "
+        f"largest difference {checked['largest_difference']:.0e})"
     )
 
 
@@ -289,11 +300,14 @@ def export_run(argv: list[str]) -> int:
 
     model = build_model(config, state["class_names"])
     model.load_weights(checkpoint)
-    table = runs.read_split(run_dir, "test").slice(0, VERIFIED_FILES)
-    strategy = tf.distribute.get_strategy()
-    load = image_loader(model.backbone.preprocess, state["white_level"])
-    batches = dataset(table, load, batch_size=config.training.batch_size)
-    logits = predict_logits(make_predict_step(model, strategy), strategy, batches, table.num_rows)
+    table = runs.read_split(run_dir, "test", VERIFIED_FILES)
+    probabilities = np.zeros((0, len(state["class_names"])), np.float32)
+    if table.num_rows:
+        strategy = tf.distribute.get_strategy()
+        load = image_loader(model.backbone.preprocess, state["white_level"])
+        batches = dataset(table, load, batch_size=config.training.batch_size)
+        logits = predict_logits(make_predict_step(model, strategy), strategy, batches, table.num_rows)
+        probabilities = facts.softmax(logits)
     with runs.full_disk_is_an_error(run_dir):
         version, checked = publish(
             model,
@@ -301,13 +315,9 @@ def export_run(argv: list[str]) -> int:
             state["white_level"],
             run_dir,
             table["path"].to_pylist(),
-            facts.softmax(logits),
+            probabilities,
         )
-    console.print(
-        f"Exported the weights of {checkpoint.name} to {version}\n"
-        f"Served answers equal training's ({checked['files']} files, largest difference "
-        f"{checked['largest_difference']:.0e})"
-    )
+    console.print(f"Exported the weights of {checkpoint.name} to {version}\n{served_line(checked)}")
     return 0
 
 

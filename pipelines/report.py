@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import base64
 import math
-import os
 import pathlib
 import shlex
-import tempfile
 
-from pipelines import plots
+from pipelines import plots, runs
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 NOUNS = {"image": "images"}  # what one example of each kind of data is called, in the plural
@@ -67,18 +65,7 @@ def write_report(run_dir, facts) -> pathlib.Path:
     """
     target = pathlib.Path(run_dir) / "report.html"
     # A path may hold bytes that are not UTF-8, which Python keeps as lone surrogates.
-    page = render(facts, run_dir).encode("utf-8", "backslashreplace")
-    descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=".report-", suffix=".html")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    runs.write_text(target, render(facts, run_dir).encode("utf-8", "backslashreplace").decode("utf-8"))
     return target
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import shutil
 import pyarrow as pa
 
 from models import GraftError
+from pipelines.data import content_id
 
 CHECKPOINTS = (
     "fine_tune",
@@ -126,10 +128,12 @@ def find_checkpoint(run_dir: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-def read_split(run_dir: pathlib.Path, split: str) -> pa.Table:
-    """The rows of one split from the run's splits.csv; files that are gone since are left out."""
+def read_split(run_dir: pathlib.Path, split: str, most: int) -> pa.Table:
+    """The first rows of one split from the run's splits.csv, without files that are gone or changed since."""
     with open(run_dir / "splits.csv", newline="", encoding="utf-8") as file:
-        rows = [row for row in csv.DictReader(file) if row["split"] == split and os.path.exists(row["path"])]
+        rows = (row for row in csv.DictReader(file) if row["split"] == split)
+        rows = (row for row in rows if os.path.isfile(row["path"]) and content_id(row["path"]) == row["id"])
+        rows = list(itertools.islice(rows, most))
     return pa.table(
         {
             "id": [row["id"] for row in rows],

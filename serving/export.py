@@ -22,8 +22,8 @@ import tensorflow as tf
 from models import GraftError
 from models.backbone import ImagePreprocess
 from models.inputs import decode_images, resize_image, scale_image
+from serving.answer_checks import LABELS_FILE
 
-LABELS_FILE = "assets.extra/labels.txt"
 DETAILS_FILE = "assets.extra/graft.json"
 LISTED_CLASSES = 5  # `labels` and `scores` hold the best so many, or all where there are fewer
 

@@ -126,6 +126,14 @@ def test_export_makes_the_next_version_with_the_same_answers(run_dir, png_folder
     np.testing.assert_allclose(*answers, atol=1e-6)
 
 
+def test_export_needs_no_test_files(run_dir, tmp_path, capsys):
+    copy = tmp_path / "pictures"
+    shutil.copytree(run_dir, copy)
+    (copy / "splits.csv").write_text("split,class,label,id,path\ntest,class0,0,0123456789abcdef,gone.png\n")
+    assert main(["export", str(copy)]) == 0
+    assert "no test files were left" in capsys.readouterr().out
+
+
 def test_a_run_folder_is_never_overwritten(run_dir, png_folder, tiny_preset):
     with pytest.raises(GraftError, match="exists already and a run is never overwritten"):
         image.run(parse_config(flags(png_folder, tiny_preset, run_dir)))

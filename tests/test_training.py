@@ -136,6 +136,20 @@ def test_every_example_counts_once_whatever_the_batch_size(splits, mirrored, bat
     assert len(rows) % batch_size == 0
 
 
+def test_the_loss_is_kerass_with_label_smoothing():
+    import keras
+
+    random = np.random.default_rng(0)
+    labels, logits = random.integers(0, 5, 20).astype("int32"), random.normal(size=(20, 5)).astype("float32")
+    for smoothing in (0.0, 0.1):
+        reference = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing, reduction=None)
+        expected = reference(np.eye(5, dtype="float32")[labels], logits)
+        np.testing.assert_allclose(training.cross_entropy(labels, logits, smoothing), expected, rtol=1e-5)
+    loss, accuracy = training.mean_loss_and_accuracy(labels, logits)
+    assert loss == pytest.approx(float(tf.reduce_mean(training.cross_entropy(labels, logits))), rel=1e-5)
+    assert accuracy == np.mean(logits.argmax(axis=1) == labels)
+
+
 def test_balanced_class_weights(splits):
     table = splits.train.slice(0, 0)
     labels = [0] * 9 + [2] * 3

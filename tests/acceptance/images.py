@@ -260,7 +260,7 @@ def served_answers(folder):
     state = json.loads((run_dir / "checkpoints" / "state.json").read_text())
     model = image.build_model(config, state["class_names"])
     model.load_weights(runs.find_checkpoint(run_dir))
-    paths = runs.read_split(run_dir, "test")["path"].to_pylist()[::3][:200]
+    paths = runs.read_split(run_dir, "test", 600)["path"].to_pylist()[::3]
     files = [in_format(path, index) for index, path in enumerate(paths)]
     preprocess = model.backbone.preprocess
 
