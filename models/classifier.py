@@ -47,7 +47,7 @@ def run_encoder(encoder: keras.Model, inputs, training: bool):
     """Run a functional encoder; a layer that is frozen gets training=False.
 
     `_run_through_graph` is a private hook of Keras (3.15.1, pinned): there is no public way to give
-    each layer of a functional model its own `training`. tests/test_classifier.py holds it in place.
+    each layer of a functional model its own `training`. tests/test_freezing.py holds it in place.
     """
 
     def call_operation(operation):

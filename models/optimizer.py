@@ -2,9 +2,9 @@
 the same on any number of replicas.
 
 Keras has no parameter groups. Scaling gradients does nothing under Adam, so the multiplier scales
-the applied update (`update_step`) and the decoupled decay (`_apply_weight_decay`). Three private
-hooks of Keras 3.15.1 are used here: those two's `_get_variable_index`, `_apply_weight_decay`, and
-`_all_reduce_sum_gradients`; tests/test_optimizer.py holds each in place.
+the applied update and the decoupled weight decay. Three private hooks of Keras 3.15.1 are used:
+`_get_variable_index`, `_apply_weight_decay` and `_all_reduce_sum_gradients`; tests/test_optimizer.py and
+tests/test_training.py hold them in place.
 """
 
 from __future__ import annotations
