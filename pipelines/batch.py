@@ -160,7 +160,7 @@ def print_answers(rows: list[dict], answers: list[dict], most: int = 50) -> None
         console.print(f"... and {len(rows) - most:,} more; --out predictions.csv writes them all.")
 
 
-def short(path: str, most: int = 40) -> str:
+def short(path: str, most: int = 30) -> str:
     """A path, or its last parts where it is long."""
     parts = pathlib.PurePath(path).parts
     while len(parts) > 1 and len(path) > most:
