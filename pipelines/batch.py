@@ -13,6 +13,7 @@ import pathlib
 from typing import Literal
 
 import numpy as np
+import pyarrow as pa
 import rich.table
 import tyro
 
@@ -223,6 +224,7 @@ def evaluate_run(argv: list[str]) -> int:
     logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
     metrics = evaluate(labels, logits, class_names, positive=config.positive or None, specificity=config.specificity)
     paths = [found[i][2] for i in kept]
+    table = pa.table({"id": [content_id(path) for path in paths], "path": paths, "label": labels})
     gathered = {
         "title": f"{version.parent.name} on {pathlib.Path(config.data).name}",
         "kind": "image",
@@ -237,13 +239,7 @@ def evaluate_run(argv: list[str]) -> int:
         "class_counts": {"test": np.bincount(labels, minlength=len(class_names)).tolist()},
         "metrics": {"test": metrics},
         "mistakes": facts.worst_mistakes(
-            labels,
-            probabilities,
-            class_names,
-            paths,
-            [content_id(path) for path in paths],
-            details["white_level"],
-            with_pictures=config.report_inputs == "all",
+            table, probabilities, class_names, details["white_level"], config.report_inputs
         ),
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -361,6 +361,7 @@ def image_loader(preprocess, white_level: int, augmentation: str = "none"):
     import tensorflow as tf
 
     from models import inputs
+    from pipelines.augmentation import random_crop, random_flip
 
     # A random crop stands in for the backbone's central one: both would show too little of the image.
     whole = dataclasses.replace(preprocess, crop_share=1.0)
@@ -375,26 +376,3 @@ def image_loader(preprocess, white_level: int, augmentation: str = "none"):
         return inputs.scale_image(inputs.resize_image(image, whole), preprocess)
 
     return load
-
-
-def random_crop(image, seed, smallest_share: float = 0.7):
-    """Cut a random box whose sides are a random share, smallest_share to 1, of the image's; stateless.
-
-    Args:
-        image: [height, width, 3] float32.
-        seed: [2] int32.
-    """
-    import tensorflow as tf
-
-    share, top, left = tf.unstack(tf.random.stateless_uniform([3], seed))
-    size = tf.cast(tf.shape(image)[:2], tf.float32)
-    box = tf.maximum(1.0, tf.round(size * (smallest_share + (1.0 - smallest_share) * share)))
-    corner = tf.cast((size - box) * tf.stack([top, left]), tf.int32)
-    return tf.image.crop_to_bounding_box(image, corner[0], corner[1], *tf.unstack(tf.cast(box, tf.int32)))
-
-
-def random_flip(image, seed):
-    """Mirror left to right, or not, by a stateless coin. image: [height, width, 3]; seed: [2] int32."""
-    import tensorflow as tf
-
-    return tf.image.stateless_random_flip_left_right(image, seed + tf.constant([0, 1 << 30]))

@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import io
 import os
+import pathlib
 import platform
 import shlex
 import time
@@ -13,6 +14,7 @@ import time
 import numpy as np
 
 from pipelines.config import flat_config
+from pipelines.console import console
 
 SHOWN_MISTAKES = 12
 THUMBNAIL_SIDE = 192  # pixels
@@ -55,6 +57,50 @@ def about_run(config, splits, backbone, phases: list[dict], metrics: dict) -> di
     }
 
 
+def metrics_of(splits, logits: dict[str, np.ndarray], config) -> dict:
+    """`pipelines.evaluate.evaluate` for each split that has logits [n, classes]."""
+    from pipelines.evaluate import evaluate
+
+    return {
+        name: evaluate(
+            getattr(splits, name)["label"].to_numpy(),
+            values,
+            splits.class_names,
+            positive=config.report.positive or None,
+            specificity=config.report.specificity,
+            seed=config.training.seed,
+        )
+        for name, values in logits.items()
+    }
+
+
+def add_test_figures(phase: dict, table, logits: np.ndarray) -> None:
+    """Put accuracy, loss and macro F1 on the test set into a phase, and print how the phase ended."""
+    from sklearn.metrics import f1_score
+
+    from pipelines.training import mean_loss_and_accuracy
+
+    labels = table["label"].to_numpy()
+    loss, accuracy = mean_loss_and_accuracy(labels, logits)
+    macro_f1 = f1_score(labels, logits.argmax(axis=1), labels=np.unique(labels), average="macro", zero_division=0)
+    phase["test"] = {"accuracy": accuracy, "loss": loss, "macro_f1": float(macro_f1)}
+    console.print(
+        f"  {phase['seconds']:.0f} s. Best epoch {phase['best_epoch']} of {phase['epochs']}: "
+        f"validation loss {phase['val_loss']:.3f}, test accuracy {accuracy:.3f}\n"
+    )
+
+
+def print_splits(splits) -> None:
+    """How many examples there are of each split, and what the user should know about the data."""
+    sizes = split_sizes(splits)
+    console.print(
+        f"      {len(splits.class_names)} classes; {sizes['train']:,} to train, {sizes['val']:,} to validate, "
+        f"{sizes['test']:,} to test"
+    )
+    for warning in splits.warnings:
+        console.print(f"[yellow]      Note: {warning}")
+
+
 def now() -> str:
     """The time in UTC, ISO 8601, to the second."""
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -90,15 +136,16 @@ def verdicts(phases: list[dict], depth: str) -> list[str]:
     ]
 
 
-def worst_mistakes(labels, probabilities, class_names, paths, ids, white_level, with_pictures: bool) -> list[dict]:
+def worst_mistakes(table, probabilities, class_names, white_level: int, report_inputs: str) -> list[dict]:
     """The examples that were most confidently wrong, worst first.
 
     Args:
-        labels: [n] int.
+        table: the examples, with columns id, path and label.
         probabilities: [n, classes] float32.
-        paths, ids: the examples' files and content hashes, [n].
-        with_pictures: else ids only, for data that must not leave the machine.
+        report_inputs: "all" for pictures, "none" for ids only: data that must not leave the machine.
     """
+    with_pictures = report_inputs == "all"
+    labels, paths, ids = table["label"].to_numpy(), table["path"].to_pylist(), table["id"].to_pylist()
     predicted = probabilities.argmax(axis=1)
     true_probability = probabilities[np.arange(len(labels)), labels]
     wrong = [i for i in np.argsort(true_probability, kind="stable") if predicted[i] != labels[i]][:SHOWN_MISTAKES]
@@ -199,3 +246,27 @@ def machine_metrics(facts: dict) -> dict:
         "versions": facts["versions"],
         "seconds": facts["timings"],
     }
+
+
+def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, report: pathlib.Path) -> None:
+    """What one would tell a colleague, and what to type next."""
+    checked, name = gathered["serving"], version.parent.name
+    console.print(
+        f"[bold]{headline(gathered['metrics']['test'])}[/] on {gathered['examples']['test']:,} test images. "
+        f"{' '.join(gathered['verdicts'])}\n"
+        f"Look first: {len(gathered['mistakes'])} worst mistakes   {report}\n"
+        f"{served_line(checked)}   {version}\n"
+        f"Try it:   graft predict {run_dir} FILES\n"
+        f"          docker run -p 8501:8501 -v {version.parent.absolute()}:/models/{name} "
+        f"-e MODEL_NAME={name} tensorflow/serving:2.20.0"
+    )
+
+
+def served_line(checked: dict) -> str:
+    """What verification found, in one line."""
+    if not checked["files"]:
+        return "Verified for TensorFlow Serving; no test files were left to compare answers with training's."
+    return (
+        f"Served answers equal training's ({checked['files']} files, "
+        f"largest difference {checked['largest_difference']:.0e})"
+    )

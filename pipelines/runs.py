@@ -14,7 +14,8 @@ import shutil
 import pyarrow as pa
 
 from models import GraftError
-from pipelines.data import content_id
+from pipelines.config import config_yaml
+from pipelines.data import SPLIT_NAMES, content_id
 
 CHECKPOINTS = (
     "fine_tune",
@@ -63,21 +64,57 @@ def check_free_space(folder: pathlib.Path, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def full_disk_is_an_error(folder: pathlib.Path):
-    """Turn "no space left" from anywhere below into a GraftError."""
+def explained(run_dir: pathlib.Path):
+    """Around all that writes to a run folder: Ctrl-C and a full disk end with a word on what was saved."""
     try:
         yield
     except GraftError:
         raise
+    except KeyboardInterrupt:
+        raise stopped(run_dir) from None
     except Exception as error:
         from serving.export import is_disk_full
 
         if is_disk_full(error):
             raise GraftError(
-                f"The disk of {folder} is full: {shutil.disk_usage(folder).free / 1e6:.0f} MB free. What was saved "
-                f"before is whole: free some space, then `graft export {folder}`, or train again."
+                f"The disk of {run_dir} is full: {shutil.disk_usage(run_dir).free / 1e6:.0f} MB free. What was "
+                f"saved before is whole: free some space, then `graft export {run_dir}`, or train again."
             ) from error
         raise
+
+
+def stopped(run_dir: pathlib.Path) -> GraftError:
+    """The message for Ctrl-C; a run that has learned nothing yet leaves no folder."""
+    if find_checkpoint(run_dir):
+        error = GraftError(
+            f"Stopped. The best weights so far are saved: `graft export {run_dir}` makes a model of them."
+        )
+    else:
+        shutil.rmtree(run_dir, ignore_errors=True)
+        error = GraftError("Stopped before anything was learned; nothing was saved.")
+    error.exit_code = 75
+    return error
+
+
+def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
+    """Make the run folder with what is known before training: config.yaml, skipped.csv, splits.csv, state.json."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(run_dir / "config.yaml", config_yaml(config))
+    write_csv(run_dir / "skipped.csv", splits.skipped, ["path", "reason"])
+    rows = [
+        {**row, "split": name, "class": splits.class_names[row["label"]], "path": os.path.abspath(row["path"])}
+        for name, table in zip(SPLIT_NAMES, splits)
+        for row in table.to_pylist()
+    ]
+    write_csv(run_dir / "splits.csv", rows, ["split", "class", "label", "id", "path"])
+    (run_dir / "checkpoints").mkdir(exist_ok=True)
+    state = {"class_names": splits.class_names, "white_level": splits.white_level}
+    write_json(run_dir / "checkpoints" / "state.json", state)
+
+
+def serving_name(run_dir: pathlib.Path) -> str:
+    """The model's name in TensorFlow Serving: the run folder's."""
+    return run_dir.absolute().name
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -18,6 +18,7 @@ from models import GraftError, freezing
 from models import optimizer as optimizers
 from models.classifier import Classifier
 from pipelines.config import depth_blocks
+from pipelines.console import progress_bar
 from pipelines.data import Splits, dataset
 
 
@@ -96,6 +97,19 @@ def predict_logits(predict_step, strategy, batches, count: int, on_batch=lambda:
     return logits
 
 
+def predictor(model: Classifier, strategy, load, batch_size: int):
+    """A function: table -> logits [n, classes] float32, with a progress bar; the graph is traced once."""
+    predict_step = make_predict_step(model, strategy)
+
+    def logits_of(table) -> np.ndarray:
+        batches = dataset(table, load, batch_size=batch_size)
+        with progress_bar() as bar:
+            task = bar.add_task("evaluating", total=len(batches), note="")
+            return predict_logits(predict_step, strategy, batches, table.num_rows, lambda: bar.advance(task))
+
+    return logits_of
+
+
 def mean_loss_and_accuracy(labels: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
     """Mean cross-entropy in nats and share of correct answers, every example counted once."""
     logits = logits.astype(np.float64)
@@ -166,38 +180,31 @@ def fit_phase(
     model.optimizer, model.stop_training = optimizer, False  # what Keras callbacks read
     observers = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=epochs, steps=steps)
     observers.on_train_begin()
-    for epoch in range(first_epoch, first_epoch + epochs):
-        epoch_started = time.perf_counter()
-        observers.on_epoch_begin(epoch)
-        sums = np.zeros(4)
-        for step, batch in enumerate(strategy.experimental_distribute_dataset(train_batches(epoch))):
-            set_dropout_seeds(epoch * steps + step)
-            observers.on_train_batch_begin(step)
-            sums += train_step(batch).numpy()
-            observers.on_train_batch_end(step, {"loss": sums[0] / sums[1], "accuracy": sums[2] / sums[3]})
-        logits = predict_logits(predict_step, strategy, val_batches, len(val_labels))
-        val_loss, val_accuracy = mean_loss_and_accuracy(val_labels, logits)
-        row = {
-            "loss": float(sums[0] / sums[1]),
-            "accuracy": float(sums[2] / sums[3]),
-            "val_loss": val_loss,
-            "val_accuracy": val_accuracy,
-            "learning_rate": float(optimizer.learning_rate),
-        }
-        if not math.isfinite(row["loss"] + val_loss):
-            raise GraftError(
-                f"The loss of phase {name} is not finite in epoch {epoch - first_epoch + 1} "
-                f"(train {row['loss']}, validation {val_loss}). Lower the learning rate ({learning_rate:g} now)."
-            )
-        if val_loss < best_val_loss:
-            best_val_loss, best_epoch = val_loss, epoch - first_epoch + 1
-            best_weights = [weight.numpy() for weight in model.trainable_weights]
-            on_best(model)
-        history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - epoch_started})
-        observers.on_epoch_end(epoch, row)
-        if epoch - first_epoch + 1 - best_epoch >= options.patience or model.stop_training:
-            break
-    observers.on_train_end()
+    try:
+        for epoch in range(first_epoch, first_epoch + epochs):
+            epoch_started = time.perf_counter()
+            observers.on_epoch_begin(epoch)
+            batches = strategy.experimental_distribute_dataset(train_batches(epoch))
+            loss, accuracy = train_epoch(train_step, batches, observers, set_dropout_seeds, first_step=epoch * steps)
+            logits = predict_logits(predict_step, strategy, val_batches, len(val_labels))
+            val_loss, val_accuracy = mean_loss_and_accuracy(val_labels, logits)
+            if not math.isfinite(loss + val_loss):
+                raise GraftError(
+                    f"The loss of phase {name} is not finite in epoch {epoch - first_epoch + 1} "
+                    f"(train {loss}, validation {val_loss}). Lower the learning rate ({learning_rate:g} now)."
+                )
+            if val_loss < best_val_loss:
+                best_val_loss, best_epoch = val_loss, epoch - first_epoch + 1
+                best_weights = [weight.numpy() for weight in model.trainable_weights]
+                on_best(model)
+            row = {"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
+            row["learning_rate"] = float(optimizer.learning_rate)
+            history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - epoch_started})
+            observers.on_epoch_end(epoch, row)
+            if epoch - first_epoch + 1 - best_epoch >= options.patience or model.stop_training:
+                break
+    finally:  # after Ctrl-C too: the progress bar gives the terminal back
+        observers.on_train_end()
 
     moved = freezing.check_moved(model, before)
     for weight, value in zip(model.trainable_weights, best_weights):
@@ -216,6 +223,17 @@ def fit_phase(
         "blocks": freezing.trainable_table(model, learning_rate, rates),
         "weights": moved,
     }
+
+
+def train_epoch(train_step, batches, observers, set_dropout_seeds, first_step: int) -> tuple[float, float]:
+    """One pass over the batches: the epoch's mean loss (as trained on) and share of correct answers."""
+    sums = np.zeros(4)
+    for step, batch in enumerate(batches):
+        set_dropout_seeds(first_step + step)
+        observers.on_train_batch_begin(step)
+        sums += train_step(batch).numpy()
+        observers.on_train_batch_end(step, {"loss": sums[0] / sums[1], "accuracy": sums[2] / sums[3]})
+    return float(sums[0] / sums[1]), float(sums[2] / sums[3])
 
 
 def dropout_seeder(model: Classifier, seed: int):
