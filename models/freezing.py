@@ -104,6 +104,18 @@ def trainable_table(model: Classifier, base_rate: float = 0.0, rates: dict[str, 
     return rows
 
 
+def moving_weights(model: Classifier) -> list[keras.Variable]:
+    """The weights that training may change: the trainable ones, then the statistics of thawed BatchNorm layers."""
+    thawed = [
+        sublayer
+        for block in model.blocks
+        for layer in block.layers
+        for sublayer in layer._flatten_layers()
+        if isinstance(sublayer, keras.layers.BatchNormalization) and sublayer.trainable
+    ]
+    return model.trainable_weights + [weight for norm in thawed for weight in norm.non_trainable_weights]
+
+
 def checksums(model: Classifier) -> dict[str, str]:
     """SHA-256 of every weight's bytes, keyed by "block/weight path" (paths alone repeat in some families)."""
     result = {}
@@ -115,19 +127,19 @@ def checksums(model: Classifier) -> dict[str, str]:
 
 
 def check_moved(model: Classifier, before: dict[str, str]) -> dict[str, int]:
-    """Prove, after a phase, that frozen weights are what they were and trainable ones moved.
+    """Prove, after a phase, that frozen weights are what they were and the others moved.
 
     Args:
         before: `checksums(model)` from the phase's start; the trainable flags must still be the phase's.
 
     Returns:
-        Counts: frozen, trainable, and `still`: trainable weights that did not change.
+        Counts: frozen, trainable (all that may move), and `still`: those of them that did not.
 
     Raises:
         RuntimeError: a frozen weight changed (our bug, never the user's).
     """
     after = checksums(model)
-    trainable = {id(weight) for weight in model.trainable_weights}
+    trainable = {id(weight) for weight in moving_weights(model)}
     keys = iter(before)
     frozen_changed, still, counts = [], 0, {"frozen": 0, "trainable": 0}
     for weights in [b.weights for b in model.blocks] + [model.head.weights]:

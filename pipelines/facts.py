@@ -127,13 +127,12 @@ def verdicts(phases: list[dict], depth: str) -> list[str]:
     )
     if not phases[1]["kept"]:
         return [f"{what} did not improve validation: the weights of the head phase were kept."]
-    gain = 100 * (phases[1]["test"]["accuracy"] - phases[0]["test"]["accuracy"])
+    head = phases[0]["test"]["accuracy"]
+    gain = 100 * (phases[1]["test"]["accuracy"] - head)
     if gain > 0:
-        return [f"{what} was worth it: {gain:+.1f} points over the head alone ({phases[0]['test']['accuracy']:.3f})."]
-    return [
-        f"{what} lowered the validation loss, yet brought {gain:+.1f} points on test over the head alone "
-        f"({phases[0]['test']['accuracy']:.3f})."
-    ]
+        return [f"{what} was worth it: {gain:+.1f} points over the head alone ({head:.3f})."]
+    change = f"cost {-gain:.1f} points of test accuracy" if gain < 0 else "left test accuracy as it was"
+    return [f"{what} lowered the validation loss, yet {change} (head alone: {head:.3f})."]
 
 
 def worst_mistakes(table, probabilities, class_names, white_level: int, report_inputs: str) -> list[dict]:
@@ -251,10 +250,12 @@ def machine_metrics(facts: dict) -> dict:
 def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, report: pathlib.Path) -> None:
     """What one would tell a colleague, and what to type next."""
     checked, name = gathered["serving"], version.parent.name
+    mistakes = len(gathered["mistakes"])
+    look = f"{mistakes} worst mistake{'s' if mistakes > 1 else ''}" if mistakes else "no mistakes on the test set"
     console.print(
         f"[bold]{headline(gathered['metrics']['test'])}[/] on {gathered['examples']['test']:,} test images. "
         f"{' '.join(gathered['verdicts'])}\n"
-        f"Look first: {len(gathered['mistakes'])} worst mistakes   {report}\n"
+        f"Look first: {look}   {report}\n"
         f"{served_line(checked)}   {version}\n"
         f"Try it:   graft predict {run_dir} FILES\n"
         f"          docker run -p 8501:8501 -v {version.parent.absolute()}:/models/{name} "

@@ -174,7 +174,8 @@ def fit_phase(
     predict_step = make_predict_step(model, strategy)
     set_dropout_seeds = dropout_seeder(model, options.seed)
     before = freezing.checksums(model)
-    best_weights = [weight.numpy() for weight in model.trainable_weights]
+    moving = freezing.moving_weights(model)
+    best_weights = [weight.numpy() for weight in moving]
     best_epoch, history = 0, []
 
     model.optimizer, model.stop_training = optimizer, False  # what Keras callbacks read
@@ -195,7 +196,7 @@ def fit_phase(
                 )
             if val_loss < best_val_loss:
                 best_val_loss, best_epoch = val_loss, epoch - first_epoch + 1
-                best_weights = [weight.numpy() for weight in model.trainable_weights]
+                best_weights = [weight.numpy() for weight in moving]
                 on_best(model)
             row = {"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
             row["learning_rate"] = float(optimizer.learning_rate)
@@ -207,7 +208,7 @@ def fit_phase(
         observers.on_train_end()
 
     moved = freezing.check_moved(model, before)
-    for weight, value in zip(model.trainable_weights, best_weights):
+    for weight, value in zip(moving, best_weights):
         weight.assign(value)
     rates = optimizers.block_multipliers(model)
     return {

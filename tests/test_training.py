@@ -69,6 +69,20 @@ def test_phases_move_what_they_should_and_nothing_else(splits):
     assert fine_tune["val_loss"] <= head["val_loss"]
 
 
+def test_batch_norm_trains_when_asked_and_its_statistics_are_those_of_the_best_epoch(splits):
+    options = {"train_batch_norm": True, "depth": "1", "schedule": "constant", "fine_tune_learning_rate": 3.0}
+    model, (_, fine_tune) = train(splits, fine_tune_epochs=8, patience=2, **options)
+    assert fine_tune["weights"] == {"frozen": 12, "trainable": 8, "still": 0}  # gamma, beta, mean, variance
+    assert fine_tune["best_epoch"] < fine_tune["epochs"]
+    assert validation_loss(model, splits) == pytest.approx(fine_tune["val_loss"], abs=1e-6)
+
+
+def validation_loss(model, splits):
+    strategy, load = tf.distribute.get_strategy(), image_loader(model.backbone.preprocess, 255)
+    logits = training.predictor(model, strategy, load, batch_size=8)(splits.val)
+    return training.mean_loss_and_accuracy(splits.val["label"].to_numpy(), logits)[0]
+
+
 def test_the_same_seed_gives_the_same_figures_and_another_does_not(splits):
     options = {"dropout": 0.3, "backbone_dropout": 0.3, "augmentation": "flip-crop", "fine_tune_epochs": 2}
     _, first = train(splits, **options)
@@ -108,15 +122,7 @@ def test_early_stopping_restores_the_best_epoch(splits):
     values = [row["val_loss"] for row in head["history"]]
     assert head["epochs"] == head["best_epoch"] + 2 < 30
     assert head["val_loss"] == min(values) == values[head["best_epoch"] - 1]
-    batches = dataset(splits.val, image_loader(model.backbone.preprocess, 255), batch_size=8)
-    logits = training.predict_logits(
-        training.make_predict_step(model, tf.distribute.get_strategy()),
-        tf.distribute.get_strategy(),
-        batches,
-        splits.val.num_rows,
-    )
-    loss, _ = training.mean_loss_and_accuracy(splits.val["label"].to_numpy(), logits)
-    assert loss == pytest.approx(head["val_loss"], abs=1e-6)
+    assert validation_loss(model, splits) == pytest.approx(head["val_loss"], abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_size", [2, 8, 10, 64])
