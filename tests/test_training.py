@@ -70,11 +70,11 @@ def test_phases_move_what_they_should_and_nothing_else(splits):
 
 
 def test_batch_norm_trains_when_asked_and_its_statistics_are_those_of_the_best_epoch(splits):
-    options = {"train_batch_norm": True, "depth": "1", "schedule": "constant", "fine_tune_learning_rate": 3.0}
+    options = {"train_batch_norm": True, "depth": "1", "schedule": "constant", "fine_tune_learning_rate": 0.5}
     model, (_, fine_tune) = train(splits, fine_tune_epochs=8, patience=2, **options)
     assert fine_tune["weights"] == {"frozen": 12, "trainable": 8, "still": 0}  # gamma, beta, mean, variance
-    assert fine_tune["best_epoch"] < fine_tune["epochs"]
-    assert validation_loss(model, splits) == pytest.approx(fine_tune["val_loss"], abs=1e-6)
+    assert fine_tune["best_epoch"] < fine_tune["epochs"] and fine_tune["val_loss"] > 1e-3
+    assert validation_loss(model, splits) == pytest.approx(fine_tune["val_loss"], rel=1e-3)
 
 
 def validation_loss(model, splits):
