@@ -20,6 +20,7 @@ from models.classifier import Classifier
 from pipelines.config import depth_blocks
 from pipelines.console import progress_bar
 from pipelines.data import Splits, dataset
+from pipelines.evaluate import softmax_and_cross_entropy
 
 
 def cross_entropy(labels, logits, label_smoothing: float = 0.0):
@@ -112,9 +113,7 @@ def predictor(model: Classifier, strategy, load, batch_size: int):
 
 def mean_loss_and_accuracy(labels: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
     """Mean cross-entropy in nats and share of correct answers, every example counted once."""
-    logits = logits.astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    losses = np.log(np.exp(logits).sum(axis=1)) - logits[np.arange(len(labels)), labels]
+    _, losses = softmax_and_cross_entropy(labels, logits.astype(np.float64))
     return float(losses.mean()), float((logits.argmax(axis=1) == labels).mean())
 
 
