@@ -198,7 +198,7 @@ def fit_phase(
                 best_weights = [weight.numpy() for weight in moving]
                 on_best(model)
             row = {"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
-            row["learning_rate"] = float(optimizer.learning_rate)
+            row["learning_rate"] = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
             history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - epoch_started})
             observers.on_epoch_end(epoch, row)
             if epoch - first_epoch + 1 - best_epoch >= options.patience or model.stop_training:

@@ -92,8 +92,9 @@ def test_the_same_seed_gives_the_same_figures_and_another_does_not(splits):
     assert losses(first) != losses(other)
 
 
-def test_dropout_trains_under_two_replicas(splits, mirrored):
-    _, phases = train(splits, mirrored, dropout=0.3, head_epochs=2, depth="head")
+def test_dropout_and_a_constant_rate_train_under_two_replicas(splits, mirrored):
+    _, phases = train(splits, mirrored, dropout=0.3, head_epochs=2, depth="head", schedule="constant")
+    assert phases[0]["history"][0]["learning_rate"] == pytest.approx(0.05)
     assert all(math.isfinite(value) for row in losses(phases) for value in row)
 
 
