@@ -257,8 +257,8 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, r
         f"{' '.join(gathered['verdicts'])}\n"
         f"Look first: {look}   {report}\n"
         f"{served_line(checked)}   {version}\n"
-        f"Try it:   graft predict {run_dir} FILES\n"
-        f"          docker run -p 8501:8501 -v {version.parent.absolute()}:/models/{name} "
+        f"Try it:   graft predict {shlex.quote(str(run_dir))} FILES\n"
+        f"          docker run -p 8501:8501 -v {shlex.quote(f'{version.parent.absolute()}:/models/{name}')} "
         f"-e MODEL_NAME={name} tensorflow/serving:2.20.0"
     )
 

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import shutil
 
 import pyarrow as pa
@@ -113,8 +114,8 @@ def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
 
 
 def serving_name(run_dir: pathlib.Path) -> str:
-    """The model's name in TensorFlow Serving: the run folder's."""
-    return run_dir.absolute().name
+    """The model's name in TensorFlow Serving: the run folder's, with what a URL cannot hold made "-"."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", run_dir.absolute().name)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:

@@ -134,6 +134,11 @@ def test_export_needs_no_test_files(run_dir, tmp_path, capsys):
     assert "no test files were left" in capsys.readouterr().out
 
 
+def test_a_name_that_a_url_cannot_hold_is_made_one(tmp_path):
+    assert runs.serving_name(tmp_path / "my run: 日本") == "my-run-"
+    assert runs.serving_name(tmp_path / "photos-2") == "photos-2"
+
+
 def test_a_run_folder_is_never_overwritten(run_dir, png_folder, tiny_preset):
     with pytest.raises(GraftError, match="exists already and a run is never overwritten"):
         image.run(parse_config(flags(png_folder, tiny_preset, run_dir)))
