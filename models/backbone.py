@@ -40,6 +40,13 @@ class Block:
         return [weight for layer in self.layers for weight in layer.weights]
 
 
+POOLINGS = {
+    "average": lambda features: keras.ops.mean(features, axis=(1, 2)),  # over height and width
+    "token": lambda features: features[:, 0],  # the class token, which comes first
+    "tokens": lambda features: keras.ops.mean(features, axis=1),  # over all tokens
+}
+
+
 @dataclasses.dataclass
 class Backbone:
     """A pretrained encoder and what must be known to feed, freeze and describe it."""
@@ -49,15 +56,18 @@ class Backbone:
     preprocess: ImagePreprocess
     blocks: list[Block]  # bottom to top; block 0 holds the stem, the last one what follows the last unit
     feature_size: int  # width of the pooled features
+    pooling: str = "average"  # a key of POOLINGS: how features become one vector per example
     source_head: tuple | None = None  # the original classifier: (kernel [feature_size, n], bias [n])
     source: dict = dataclasses.field(default_factory=dict)  # package, version, file, sha256, licence, url
 
     def __post_init__(self):
         check_blocks(self.name, self.encoder, self.blocks)
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"Backbone {self.name}: pooling {self.pooling!r} is none of {', '.join(POOLINGS)}.")
 
     def pooled(self, features):
-        """Encoder output [batch, height, width, feature_size] -> [batch, feature_size]."""
-        return keras.ops.mean(features, axis=(1, 2))
+        """Encoder output [batch, height, width, d] or [batch, tokens, d], as `pooling` says -> [batch, d]."""
+        return POOLINGS[self.pooling](features)
 
 
 def check_blocks(name: str, encoder: keras.Model, blocks: list[Block]) -> None:

@@ -7,30 +7,101 @@ import keras_hub
 import numpy as np
 import pytest
 
-from models import GraftError, inputs
+from models import GraftError, freezing, inputs
 from models.backbone import load_backbone
-from models.classifier import Classifier
+from models.classifier import Classifier, run_encoder
+from models.kerashub import BLOCK_PATTERNS, blocks_by_name
+from tests.conftest import tiny_resnet
+
+# Fixture of each family's preset: block names bottom to top, and layers that top the last unit.
+FAMILIES = {
+    "tiny_preset": (["stem", "block1a", "block2a", "block2b"], ["top_conv", "top_bn"]),
+    "tiny_resnet_preset": (["stem", "stack0_block0", "stack1_block0", "stack1_block1"], []),
+    "tiny_resnet_v2_preset": (["stem", "stack0_block0", "stack1_block0", "stack1_block1"], ["post_bn"]),
+    "tiny_mobilenet_preset": (["stem", "block_0_0", "block_1_0", "block_2_0", "block_2_1"], ["block_3_0"]),
+    "tiny_vit_preset": (["stem", "transformer_block_1", "transformer_block_2", "transformer_block_3"], ["ln"]),
+}
 
 
-def test_blocks_hold_every_weight_in_order(tiny_preset):
+@pytest.fixture(params=FAMILIES)
+def family(request):
+    """A preset folder of each family, its block names and the layers on top of the last unit."""
+    return request.getfixturevalue(request.param), *FAMILIES[request.param]
+
+
+def test_blocks_are_the_units_in_order_and_depth_1_thaws_the_top_one(family):
+    folder, names, tops = family
+    backbone = load_backbone(str(folder))
+    assert [block.name for block in backbone.blocks] == names
+    assert [layer for block in backbone.blocks for layer in block.layers] == backbone.encoder.layers
+    top = backbone.blocks[-1].layers
+    assert all(layer.name.startswith(names[-1]) for layer in top if layer.weights and layer.name not in tops)
+    assert set(tops) <= {layer.name for layer in top}
+    model = Classifier(backbone, 2)
+    freezing.unfreeze_top(model, 1, train_batch_norm=True)
+    statistics = ("moving_mean", "moving_variance", "seed_generator_state")
+    expected = {id(weight) for weight in backbone.blocks[-1].weights if weight.name not in statistics}
+    assert {id(weight) for weight in backbone.encoder.trainable_weights} == expected
+
+
+def test_resnet_vd_pools_its_shortcut_within_the_unit():
+    encoder = tiny_resnet("bottleneck_block_vd", False)
+    blocks = blocks_by_name(encoder, BLOCK_PATTERNS["ResNetBackbone"])
+    assert [block.name for block in blocks] == ["stem", "stack0_block0", "stack1_block0", "stack1_block1"]
+    pooled = [block.name for block in blocks for layer in block.layers if "average_pooling" in layer.name]
+    assert pooled == ["stack1_block0"]
+
+
+def test_stochastic_depth_freezes_with_its_unit(tiny_preset):
     backbone = load_backbone(str(tiny_preset))
-    assert [block.name for block in backbone.blocks] == ["stem", "block1a", "block2a", "block2b"]
-    names = [layer.name for layer in backbone.blocks[-1].layers]
-    assert "block2b_drop" in names and "top_conv" in names  # stochastic depth freezes with its block
+    assert "block2b_drop" in [layer.name for layer in backbone.blocks[-1].layers]
 
 
-def test_features_and_preprocessing_equal_kerashubs_own(tiny_preset):
-    backbone = load_backbone(str(tiny_preset))
+def test_features_and_preprocessing_equal_kerashubs_own(family):
+    folder = family[0]
+    backbone = load_backbone(str(folder))
     images = np.random.default_rng(0).integers(0, 256, (3, 57, 40, 3)).astype("float32")
-    converter = keras_hub.layers.ImageConverter.from_preset(str(tiny_preset))
+    converter = keras_hub.layers.ImageConverter.from_preset(str(folder))
     expected_input = converter(images)
     ours = inputs.scale_image(inputs.resize_image(images, backbone.preprocess), backbone.preprocess)
     scale = np.array(backbone.preprocess.deviation)
     assert np.abs((np.asarray(ours) - np.asarray(expected_input)) * scale).max() < 1  # levels of 255
-    original = keras_hub.models.Backbone.from_preset(str(tiny_preset))
-    expected = np.asarray(original(expected_input, training=False)).mean(axis=(1, 2))
+    original = keras_hub.models.Backbone.from_preset(str(folder))
+    expected = np.asarray(original(expected_input, training=False))
+    expected = expected.mean(axis=(1, 2)) if expected.ndim == 4 else expected[:, 0]
     features = np.asarray(Classifier(backbone, 2).features(expected_input))
     np.testing.assert_allclose(features, expected, atol=1e-5)
+
+
+def test_a_flat_vit_equals_the_nested_one(tiny_vit_preset):
+    backbone = load_backbone(str(tiny_vit_preset))
+    nested = keras_hub.models.Backbone.from_preset(str(tiny_vit_preset))
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
+    difference = np.asarray(backbone.encoder(images, training=False)) - np.asarray(nested(images, training=False))
+    assert np.abs(difference).max() == 0
+
+
+def test_dropout_of_a_vit_unit_works_only_where_thawed(tiny_vit_preset):
+    model = Classifier(load_backbone(str(tiny_vit_preset)), 2, dropout=0.0)
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
+    plain = np.asarray(model(images, training=False))
+    freezing.freeze(model)
+    assert np.abs(np.asarray(model(images, training=True)) - plain).max() == 0
+    freezing.unfreeze_top(model, 1)
+    once, again = (np.asarray(run_encoder(model.encoder, images, True)) for _ in range(2))
+    assert np.abs(once - again).max() > 1e-3
+    assert np.abs(np.asarray(model(images, training=True)) - plain).max() > 1e-3
+
+
+def test_a_vit_of_another_size_than_its_converter_says_so(tiny_vit_preset, tmp_path):
+    folder = tmp_path / "vit"
+    shutil.copytree(tiny_vit_preset, folder)
+    text = (folder / "image_converter.json").read_text()
+    config = json.loads(text)
+    config["config"]["image_size"] = [48, 48]
+    (folder / "image_converter.json").write_text(json.dumps(config))
+    with pytest.raises(GraftError, match=r"resizes images to 48 x 48 pixels.*built for 32 x 32"):
+        load_backbone(str(folder))
 
 
 def test_a_foreign_or_damaged_folder_says_so(tiny_preset, tmp_path):
@@ -47,3 +118,18 @@ def test_a_foreign_or_damaged_folder_says_so(tiny_preset, tmp_path):
     (damaged / "config.json").write_text(json.dumps({**config, "class_name": "BertBackbone"}))
     with pytest.raises(GraftError, match="holds a BertBackbone; Graft knows the blocks of EfficientNetBackbone"):
         load_backbone(str(damaged))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["tiny_resnet_preset", "tiny_vit_preset"])
+def test_both_phases_export_and_verification(preset, request, png_folder, tmp_path):
+    from pipelines import image
+    from pipelines.config import parse_config
+
+    words = ["--data", png_folder, "--backbone", request.getfixturevalue(preset), "--out", tmp_path / "run"]
+    words += ["--head-epochs", 2, "--fine-tune-epochs", 2, "--depth", 1]
+    run_dir = image.run(parse_config([str(word) for word in words]))
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert [phase["name"] for phase in metrics["phases"]] == ["head", "fine_tune"]
+    assert metrics["phases"][1]["trainable_parameters"] > metrics["phases"][0]["trainable_parameters"]
+    assert (run_dir / "serving" / "run" / "1" / "saved_model.pb").is_file()
