@@ -94,7 +94,12 @@ def image_preprocess(folder: pathlib.Path, encoder: keras.Model) -> ImagePreproc
         GraftError: the preset pads, or its converter's size is not the one that the encoder was built for.
     """
     path = folder / "image_converter.json"
-    config = _read_json(path)["config"] if path.is_file() else {}
+    config = {}
+    if path.is_file():
+        try:  # through KerasHub, which still reads the older names that some presets use (mean, variance, height)
+            config = keras_hub.layers.ImageConverter.from_preset(str(folder)).get_config()
+        except Exception as error:  # of many kinds, as above
+            raise GraftError(f"{path} could not be loaded: {error}. The preset folder is damaged.") from error
     size = config.get("image_size") or [side or 224 for side in encoder.input_shape[1:3]]
     fixed = encoder.input_shape[1:3]
     if any(built and built != asked for built, asked in zip(fixed, size)):

@@ -202,9 +202,9 @@ def evaluate_run(argv: list[str]) -> int:
     class_names = details["class_names"]
     check_positive(config.positive or None, config.specificity, class_names)
     found = find_images(config.data)
-    if any(split for split, _, _ in found):
-        found = [row for row in found if row[0] == "test"] or found
-    unknown = sorted({label for _, label, _ in found} - set(class_names))
+    if any(example.split for example in found):
+        found = [example for example in found if example.split == "test"] or found
+    unknown = sorted({example.label for example in found} - set(class_names))
     if unknown:
         raise GraftError(
             f"--data {config.data}: the model does not know the classes {', '.join(unknown)}. "
@@ -213,17 +213,17 @@ def evaluate_run(argv: list[str]) -> int:
     out = runs.choose_run_folder(
         config.out or str(runs.free_name(pathlib.Path(config.run) / "evaluations", config.data)), ""
     )
-    answers = answer_files(version, [pathlib.Path(path) for _, _, path in found])
+    answers = answer_files(version, [pathlib.Path(example.path) for example in found])
     kept = [i for i, answer in enumerate(answers) if not answer["error"]]
-    skipped = [{"path": found[i][2], "reason": a["error"]} for i, a in enumerate(answers) if a["error"]]
+    skipped = [{"path": found[i].path, "reason": a["error"]} for i, a in enumerate(answers) if a["error"]]
     if not kept:
         raise GraftError(f"--data {config.data}: none of the {len(found)} files could be read, the first: {skipped[0]}")
-    labels = np.array([class_names.index(found[i][1]) for i in kept])
+    labels = np.array([class_names.index(found[i].label) for i in kept])
     probabilities = np.stack([answers[i]["probabilities"] for i in kept])
     # The export gives probabilities; their logarithm is a valid set of logits.
     logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))
     metrics = evaluate(labels, logits, class_names, positive=config.positive or None, specificity=config.specificity)
-    paths = [found[i][2] for i in kept]
+    paths = [found[i].path for i in kept]
     table = pa.table({"id": [content_id(path) for path in paths], "path": paths, "label": labels})
     gathered = {
         "title": f"{version.parent.name} on {pathlib.Path(config.data).name}",

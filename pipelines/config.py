@@ -24,9 +24,16 @@ class InputOptions:
     """What to learn from."""
 
     data: str = "textures"
-    """Folder of class folders, folder of {train,val,test}/class folders, or an offline set: textures, digits."""
+    """Folder of class folders, folder of {train,val,test}/class folders, a manifest (CSV, TSV, JSONL or Parquet
+    file of paths and labels), folder of {train,val,test} manifests, or an offline set: textures, digits."""
     min_per_class: int = 0
     """Leave out classes with fewer examples than this (0: stop with an error at a class that has only one)."""
+    path_column: str = "path"
+    """Column of a manifest with the files, absolute or relative to the manifest's folder."""
+    label_column: str = "label"
+    """Column of a manifest with the class of each file."""
+    group_column: str = "group"
+    """Column of a manifest with what must stay in one split, such as the patient or customer (may be missing)."""
 
 
 @dataclasses.dataclass
@@ -34,7 +41,7 @@ class ModelOptions:
     """What to start from, and how much of it to train."""
 
     backbone: str = "efficientnet_lite0"
-    """Offline name (efficientnet_lite0) or the folder of a KerasHub EfficientNet preset."""
+    """Offline name (efficientnet_lite0), or the folder of a KerasHub preset: EfficientNet, ResNet, MobileNet or ViT."""
     image_size: int = 0
     """Side of the model's square input, pixels (0: the backbone's native size)."""
     depth: str = "2"

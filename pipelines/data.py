@@ -1,4 +1,4 @@
-"""Folders of images and offline sets -> Splits; and the only maker of tf.data."""
+"""Folders of images, manifests and offline sets -> Splits; and the only maker of tf.data."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from models import GraftError, offline
 from pipelines.console import progress_bar
+from pipelines.manifests import SPLIT_ALIASES, Example, manifest_files, read_manifests
+from pipelines.splits import fingerprint, make_splits
 
-SPLIT_NAMES = ("train", "val", "test")
-VAL_SHARE = TEST_SHARE = 0.15
 OFFLINE_IMAGE_SETS = tuple(name for name, entry in offline.DATA.items() if entry["kind"] == "image")
 # What counts as an image by its name. Kinds that inputs.py refuses are here too: they are reported
 # with the reason, where silence would leave a class half empty.
@@ -45,7 +45,7 @@ class Splits:
     """A labelled dataset, split.
 
     Each table has the columns id (content hash), path, label (index into class_names), group
-    (what must stay in one split; here the content hash) and weight.
+    (what must stay in one split: the manifest's, else the content hash) and weight.
     """
 
     train: pa.Table
@@ -64,15 +64,42 @@ class Splits:
 # ---------------------------------------------------------------- finding files
 
 
-def find_images(data: str) -> list[tuple[str, str, str]]:
-    """List the images of a folder or an offline set as (split or "", class name, path), sorted by path.
+def find_images(
+    data: str, path_column: str = "path", label_column: str = "label", group_column: str = "group"
+) -> list[Example]:
+    """List the images of a folder, a manifest or an offline set, sorted by path.
 
-    Layouts: FOLDER/class/... or FOLDER/{train,val,test}/class/... ("valid", "validation" are read as val).
-    Needs no TensorFlow, so that a wrong folder answers at once.
+    Layouts: FOLDER/class/..., FOLDER/{train,val,test}/class/... ("valid", "validation" are read as val),
+    a manifest, or a folder with the manifests {train,val,test}.{csv,tsv,jsonl,parquet}, of which train must be
+    there. Needs no TensorFlow, so that a mistake answers at once.
+
+    Args:
+        path_column, label_column, group_column: what a manifest calls them.
 
     Raises:
-        GraftError: no such folder or offline set, no images, images outside class folders, one class only.
+        GraftError: no such folder, manifest or offline set, no images, images outside class folders, one class
+            only; column names for a folder that has no manifest; all that `read_manifests` raises.
     """
+    files = manifest_files(data)
+    if files:
+        found = read_manifests(files, path_column, label_column, group_column)
+        give = "rows of at least two labels"
+    else:
+        renamed = {"--path-column": path_column, "--label-column": label_column, "--group-column": group_column}
+        for flag, column in renamed.items():
+            if column != flag.removeprefix("--").removesuffix("-column"):
+                raise GraftError(f"{flag} {column}: only a manifest has columns, and --data {data} is none.")
+        found = _find_in_folders(data)
+        give = "one folder of images per class"
+    classes = {example.label for example in found}
+    if len(classes) < 2:
+        raise GraftError(
+            f"--data {data}: only one class, {classes.pop()!r}. A classifier needs at least two: give {give}."
+        )
+    return found
+
+
+def _find_in_folders(data: str) -> list[Example]:
     if data in OFFLINE_IMAGE_SETS and not pathlib.Path(data).exists():
         folder = offline.image_data_folder(data)
     else:
@@ -80,7 +107,7 @@ def find_images(data: str) -> list[tuple[str, str, str]]:
     if not folder.is_dir():
         raise GraftError(
             f"--data {data}: there is no such folder. Give a folder with one folder of images per class, "
-            f"or an offline set: {', '.join(OFFLINE_IMAGE_SETS)}."
+            f"a manifest, or an offline set: {', '.join(OFFLINE_IMAGE_SETS)}."
         )
     paths = sorted(
         path
@@ -94,9 +121,8 @@ def find_images(data: str) -> list[tuple[str, str, str]]:
             f"--data {data}: no images in this folder. Expected one folder per class that holds "
             f"{', '.join(sorted(IMAGE_SUFFIXES)[:3])}, ... files, such as {folder}/cat/1.jpg."
         )
-    aliases = {"valid": "val", "validation": "val", **{name: name for name in SPLIT_NAMES}}
     first_folders = {path.relative_to(folder).parts[0] for path in paths}
-    has_splits = first_folders <= set(aliases) and "train" in first_folders
+    has_splits = first_folders <= set(SPLIT_ALIASES) and "train" in first_folders
     depth = 2 if has_splits else 1
     found = []
     for path in paths:
@@ -106,17 +132,11 @@ def find_images(data: str) -> list[tuple[str, str, str]]:
                 f"{path} is in no class folder. Expected {folder}/"
                 f"{'train/' if has_splits else ''}CLASS/{path.name}: move it into the folder of its class."
             )
-        found.append((aliases[parts[0]] if has_splits else "", parts[depth - 1], str(path)))
-    classes = {label for _, label, _ in found}
-    if len(classes) < 2:
-        raise GraftError(
-            f"--data {data}: only one class, {classes.pop()!r}. A classifier needs at least two: "
-            f"one folder of images per class."
-        )
+        found.append(Example(SPLIT_ALIASES[parts[0]] if has_splits else "", parts[depth - 1], str(path)))
     return found
 
 
-def drop_small_classes(found: list[tuple[str, str, str]], min_per_class: int) -> tuple[list, list[str]]:
+def drop_small_classes(found: list[Example], min_per_class: int) -> tuple[list[Example], list[str]]:
     """Leave out classes with fewer than `min_per_class` images; 0 stops at a class that has only one.
 
     Returns:
@@ -125,7 +145,7 @@ def drop_small_classes(found: list[tuple[str, str, str]], min_per_class: int) ->
     Raises:
         GraftError: a class with one image and min_per_class 0; fewer than two classes left.
     """
-    counts = collections.Counter(label for _, label, _ in found)
+    counts = collections.Counter(example.label for example in found)
     if not min_per_class:
         single = sorted(label for label, count in counts.items() if count < 2)
         if single:
@@ -141,13 +161,13 @@ def drop_small_classes(found: list[tuple[str, str, str]], min_per_class: int) ->
             f"--min-per-class {min_per_class} leaves {len(counts) - len(dropped)} of {len(counts)} classes; "
             f"at least two are needed. The largest class has {max(counts.values())} images."
         )
-    return [row for row in found if row[1] not in dropped], dropped
+    return [example for example in found if example.label not in dropped], dropped
 
 
 # ---------------------------------------------------------------- reading and splitting
 
 
-def load_images(found: list[tuple[str, str, str]], min_per_class: int = 0) -> Splits:
+def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
     """Inspect every image, leave out what cannot be read, and split.
 
     Args:
@@ -159,7 +179,7 @@ def load_images(found: list[tuple[str, str, str]], min_per_class: int = 0) -> Sp
     from models import inputs  # TensorFlow
 
     found, dropped = drop_small_classes(found, min_per_class)
-    paths = [path for _, _, path in found]
+    paths = [example.path for example in found]
     with progress_bar() as bar:
         task = bar.add_task("reading images", total=len(paths), note="")
         facts = inputs.inspect_images(paths, progress=lambda done: bar.update(task, completed=done))
@@ -171,10 +191,10 @@ def load_images(found: list[tuple[str, str, str]], min_per_class: int = 0) -> Sp
             f"{len(skipped)} of {len(paths)} images cannot be read; up to {limit} are skipped. "
             f"Repair or remove them:\n{listed}" + ("\n  ..." if len(skipped) > 10 else "")
         )
-    kept = [(row, fact) for row, fact in zip(found, facts) if not fact["error"]]
-    left, _ = drop_small_classes([row for row, _ in kept], min_per_class)
-    left_classes = {label for _, label, _ in left}
-    kept = [(row, fact) for row, fact in kept if row[1] in left_classes]
+    kept = [(example, fact) for example, fact in zip(found, facts) if not fact["error"]]
+    left, _ = drop_small_classes([example for example, _ in kept], min_per_class)
+    left_classes = {example.label for example in left}
+    kept = [(example, fact) for example, fact in kept if example.label in left_classes]
     class_names = sorted(left_classes)
 
     warnings = []
@@ -189,16 +209,16 @@ def load_images(found: list[tuple[str, str, str]], min_per_class: int = 0) -> Sp
             f"rotate the pixels if up matters."
         )
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        ids = list(pool.map(content_id, [row[2] for row, _ in kept]))
+        ids = list(pool.map(content_id, [example.path for example, _ in kept]))
     rows = [
         {
             "id": identity,
-            "path": row[2],
-            "label": class_names.index(row[1]),
-            "group": identity,
-            "split": row[0],
+            "path": example.path,
+            "label": class_names.index(example.label),
+            "group": example.group or identity,
+            "split": example.split,
         }
-        for (row, _), identity in zip(kept, ids)
+        for (example, _), identity in zip(kept, ids)
     ]
     tables = make_splits(rows, class_names, warnings)
     peak = max((fact["peak"] for _, fact in kept), default=0)
@@ -215,93 +235,6 @@ def load_images(found: list[tuple[str, str, str]], min_per_class: int = 0) -> Sp
 def content_id(path: str) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of a file's bytes."""
     return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
-
-
-def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -> dict[str, pa.Table]:
-    """Give every row without a split one, and return the three tables.
-
-    Given splits are kept; of those missing, val and test, each takes 15% of the train rows per class,
-    by order of content hash, so that the outcome depends on nothing but the content. Rows of one
-    group stay together. Adds to `warnings` what the user should know about duplicates.
-    """
-    given = {row["split"] for row in rows} - {""}
-    make_test, make_val = "test" not in given, "val" not in given
-    movable = [row for row in rows if row["split"] in ("", "train")]
-    by_class = collections.defaultdict(lambda: collections.defaultdict(list))
-    for row in movable:
-        by_class[row["label"]][row["group"]].append(row)
-    for groups in by_class.values():
-        names = sorted(groups)
-        share = len(names) * VAL_SHARE
-        test_count = max(1, round(share)) if make_test and len(names) > 1 else 0
-        # A class of two trains with one and tests with the other: validation can do without it.
-        val_count = max(1, round(share)) if make_val and len(names) - test_count > 1 else 0
-        for index, name in enumerate(names):
-            split = "test" if index < test_count else "val" if index < test_count + val_count else "train"
-            for row in groups[name]:
-                row["split"] = split
-    # A group that sits in several classes (equal images, different labels) must not straddle splits either.
-    first_split = {}
-    for row in movable:
-        row["split"] = first_split.setdefault(row["group"], row["split"])
-    _warn_of_duplicates(rows, class_names, warnings)
-    schema = pa.schema(
-        [
-            ("id", pa.string()),
-            ("path", pa.string()),
-            ("label", pa.int64()),
-            ("group", pa.string()),
-            ("weight", pa.float32()),
-        ]
-    )
-    tables = {
-        name: pa.Table.from_pylist([{**row, "weight": 1.0} for row in rows if row["split"] == name], schema=schema)
-        for name in SPLIT_NAMES
-    }
-    for name, purpose in (("val", "validate with"), ("test", "test with")):
-        if not tables[name].num_rows:
-            raise GraftError(
-                f"The split leaves no images to {purpose}. Give at least three images of some class, "
-                f"or a folder {name}/ with its own class folders."
-            )
-    return tables
-
-
-def _warn_of_duplicates(rows: list[dict], class_names: list[str], warnings: list[str]) -> None:
-    by_id = collections.defaultdict(list)
-    for row in rows:
-        by_id[row["id"]].append(row)
-    repeated = [same for same in by_id.values() if len(same) > 1]
-    if repeated:
-        warnings.append(
-            f"{sum(map(len, repeated)) - len(repeated)} images are exact copies of others; "
-            f"copies are kept in the same split where Graft makes the splits."
-        )
-    contradictory = sum(len({row["label"] for row in same}) > 1 for same in repeated)
-    if contradictory:
-        warnings.append(f"{contradictory} images appear in more than one class.")
-    leaked = sum(
-        "test" in splits and len(splits) > 1 for splits in ({row["split"] for row in same} for same in repeated)
-    )
-    if leaked:
-        warnings.append(f"{leaked} images of the given test set are also trained on: its score is too good.")
-    train_labels = {row["label"] for row in rows if row["split"] == "train"}
-    untrained = sorted({row["label"] for row in rows} - train_labels)
-    if untrained:
-        raise GraftError(
-            f"Classes {[class_names[label] for label in untrained]} have no training images. Every class of val "
-            f"and test must be in train: add images there, or remove those classes."
-        )
-
-
-def fingerprint(tables: dict[str, pa.Table]) -> str:
-    """SHA-256 over the sorted (split, id, label) of all rows."""
-    lines = sorted(
-        f"{name} {identity} {label}"
-        for name, table in tables.items()
-        for identity, label in zip(table["id"].to_pylist(), table["label"].to_pylist())
-    )
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 # ---------------------------------------------------------------- tf.data

@@ -115,7 +115,8 @@ def check_request(config: ImageConfig):
     depth, blocks = depth_blocks(config.model.depth), known_blocks(config.model.backbone)
     if depth and blocks:
         check_depth(depth, config.model.backbone, blocks)
-    found = find_images(config.input.data)
+    options = config.input
+    found = find_images(options.data, options.path_column, options.label_column, options.group_column)
     drop_small_classes(found, config.input.min_per_class)
     run_dir = runs.choose_run_folder(config.run.out, config.input.data)
     runs.check_free_space(run_dir, RUN_BYTES)
@@ -130,6 +131,12 @@ def build_model(config: ImageConfig, class_names: list[str]):
     backbone = load_backbone(config.model.backbone)
     if config.model.image_size:
         size = (config.model.image_size, config.model.image_size)
+        fixed = backbone.encoder.input_shape[1:3]
+        if any(built and built != asked for built, asked in zip(fixed, size)):
+            raise GraftError(
+                f"--image-size {size[0]}: {backbone.name} was built for {fixed[0]} x {fixed[1]} pixels and takes no "
+                f"other size. Leave the flag out."
+            )
         backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=size)
     depth = depth_blocks(config.model.depth)
     if depth:

@@ -16,7 +16,8 @@ import pyarrow as pa
 
 from models import GraftError
 from pipelines.config import config_yaml
-from pipelines.data import SPLIT_NAMES, content_id
+from pipelines.data import content_id
+from pipelines.splits import SPLIT_NAMES
 
 CHECKPOINTS = (
     "fine_tune",
@@ -46,7 +47,8 @@ def choose_run_folder(out: str, data: str) -> pathlib.Path:
 
 def free_name(parent: pathlib.Path, data: str) -> pathlib.Path:
     """PARENT/NAME OF THE DATA, or with -2, -3, ... where that is taken."""
-    name = pathlib.Path(data).resolve().name if pathlib.Path(data).exists() else pathlib.Path(data).name
+    path = pathlib.Path(data)
+    name = path.stem if path.is_file() else path.resolve().name if path.exists() else path.name
     folder, number = parent / name, 2
     while folder.exists():
         folder, number = parent / f"{name}-{number}", number + 1
@@ -107,7 +109,7 @@ def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
         for name, table in zip(SPLIT_NAMES, splits)
         for row in table.to_pylist()
     ]
-    write_csv(run_dir / "splits.csv", rows, ["split", "class", "label", "id", "path"])
+    write_csv(run_dir / "splits.csv", rows, ["split", "class", "label", "group", "id", "path"])
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     state = {"class_names": splits.class_names, "white_level": splits.white_level}
     write_json(run_dir / "checkpoints" / "state.json", state)

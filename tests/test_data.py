@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from models import GraftError
-from pipelines import data
+from pipelines import data, splits
 from tests.conftest import write_png_folder
 
 
@@ -26,11 +26,11 @@ def split_of(tables):
 def test_class_folders_and_split_folders(tmp_path):
     write_png_folder(tmp_path / "plain", classes=2, per_class=2)
     found = data.find_images(str(tmp_path / "plain"))
-    assert [(split, label) for split, label, _ in found] == [("", "class0")] * 2 + [("", "class1")] * 2
+    assert [(example.split, example.label) for example in found] == [("", "class0")] * 2 + [("", "class1")] * 2
     for name in ("train", "valid", "test"):
         write_png_folder(tmp_path / "split" / name, classes=2, per_class=1)
     found = data.find_images(str(tmp_path / "split"))
-    assert {(split, label) for split, label, _ in found} == {
+    assert {(example.split, example.label) for example in found} == {
         (split, label) for split in ("train", "val", "test") for label in ("class0", "class1")
     }
 
@@ -58,7 +58,7 @@ def test_mistakes_in_a_folder_say_what_to_do(tmp_path):
 
 
 def test_a_class_with_one_image():
-    found = [("", "a", "1"), ("", "a", "2"), ("", "b", "3"), ("", "b", "4"), ("", "c", "5")]
+    found = [data.Example("", label, str(index)) for index, label in enumerate("aabbc")]
     with pytest.raises(GraftError, match="Class c has one image.*--min-per-class 2"):
         data.drop_small_classes(found, 0)
     assert data.drop_small_classes(found, 2) == (found[:4], ["c"])
@@ -72,8 +72,8 @@ def test_a_class_with_one_image():
 def test_made_splits_are_70_15_15_per_class_and_depend_on_content_only():
     rows = [row(label, f"{label}{index:03}") for label in (0, 1) for index in range(100)]
     shuffled = list(np.random.default_rng(0).permutation(np.array(rows, dtype=object)))
-    tables = data.make_splits([dict(r) for r in rows], ["a", "b"], [])
-    assert split_of(tables) == split_of(data.make_splits([dict(r) for r in shuffled], ["a", "b"], []))
+    tables = splits.make_splits([dict(r) for r in rows], ["a", "b"], [])
+    assert split_of(tables) == split_of(splits.make_splits([dict(r) for r in shuffled], ["a", "b"], []))
     for name, count in {"train": 70, "val": 15, "test": 15}.items():
         assert collections.Counter(tables[name]["label"].to_pylist()) == {0: count, 1: count}
 
@@ -82,7 +82,7 @@ def test_equal_content_never_straddles_made_splits_whatever_its_label():
     rows = [row(0, f"a{i}") for i in range(20)] + [row(1, f"b{i}") for i in range(20)]
     rows += [row(1, f"a{i}") for i in range(20)]  # the same pictures, labelled differently
     warnings = []
-    tables = data.make_splits(rows, ["a", "b"], warnings)
+    tables = splits.make_splits(rows, ["a", "b"], warnings)
     names = collections.defaultdict(set)
     for name, table in tables.items():
         for r in table.to_pylist():
@@ -96,7 +96,7 @@ def test_given_splits_are_kept_and_a_leak_is_told():
     rows = [row(0, f"a{i}", "train") for i in range(20)] + [row(1, f"b{i}", "train") for i in range(20)]
     rows += [row(0, "a0", "test"), row(0, "x", "test"), row(1, "y", "test")]
     warnings = []
-    tables = data.make_splits(rows, ["a", "b"], warnings)
+    tables = splits.make_splits(rows, ["a", "b"], warnings)
     assert sorted(tables["test"]["id"].to_pylist()) == ["a0", "x", "y"]
     assert tables["val"].num_rows == 6 and tables["train"].num_rows == 34
     assert any("1 images of the given test set are also trained on" in w for w in warnings)
@@ -105,14 +105,14 @@ def test_given_splits_are_kept_and_a_leak_is_told():
 def test_a_class_without_training_images_is_an_error():
     rows = [row(0, "a", "train"), row(0, "b", "train"), row(0, "c", "train"), row(1, "d", "test"), row(0, "e", "test")]
     with pytest.raises(GraftError, match=r"Classes \['dog'\] have no training images"):
-        data.make_splits(rows, ["cat", "dog"], [])
+        splits.make_splits(rows, ["cat", "dog"], [])
 
 
 def test_the_smallest_classes_that_work():
-    tables = data.make_splits([row(label, f"{label}{i}") for label in (0, 1) for i in range(3)], ["a", "b"], [])
-    assert [tables[name].num_rows for name in data.SPLIT_NAMES] == [2, 2, 2]
+    tables = splits.make_splits([row(label, f"{label}{i}") for label in (0, 1) for i in range(3)], ["a", "b"], [])
+    assert [tables[name].num_rows for name in splits.SPLIT_NAMES] == [2, 2, 2]
     with pytest.raises(GraftError, match="leaves no images to validate with"):
-        data.make_splits([row(label, f"{label}{i}") for label in (0, 1) for i in range(2)], ["a", "b"], [])
+        splits.make_splits([row(label, f"{label}{i}") for label in (0, 1) for i in range(2)], ["a", "b"], [])
 
 
 def test_unreadable_files_are_skipped_up_to_a_limit(tmp_path):

@@ -133,3 +133,31 @@ def test_both_phases_export_and_verification(preset, request, png_folder, tmp_pa
     assert [phase["name"] for phase in metrics["phases"]] == ["head", "fine_tune"]
     assert metrics["phases"][1]["trainable_parameters"] > metrics["phases"][0]["trainable_parameters"]
     assert (run_dir / "serving" / "run" / "1" / "saved_model.pb").is_file()
+
+
+def test_older_names_in_a_converter_are_understood(tiny_preset, tmp_path):
+    folder = tmp_path / "older"
+    shutil.copytree(tiny_preset, folder)
+    converter = json.loads((folder / "image_converter.json").read_text())
+    for name in ("scale", "offset", "image_size"):
+        del converter["config"][name]
+    older = {"scale": 1 / 255, "mean": [0.5, 0.4, 0.3], "variance": [0.04, 0.09, 0.16], "height": 48, "width": 40}
+    converter["config"] |= older
+    (folder / "image_converter.json").write_text(json.dumps(converter))
+    preprocess = load_backbone(str(folder)).preprocess
+    assert preprocess.image_size == (48, 40)
+    np.testing.assert_allclose(preprocess.mean, np.multiply(older["mean"], 255))
+    np.testing.assert_allclose(preprocess.deviation, np.sqrt(older["variance"]) * 255)
+    (folder / "image_converter.json").write_text("{}")
+    with pytest.raises(GraftError, match="image_converter.json could not be loaded"):
+        load_backbone(str(folder))
+
+
+def test_an_encoder_of_fixed_size_refuses_another(tiny_vit_preset):
+    from pipelines.config import ImageConfig
+    from pipelines.image import build_model
+
+    config = ImageConfig()
+    config.model.backbone, config.model.image_size = str(tiny_vit_preset), 64
+    with pytest.raises(GraftError, match=r"--image-size 64: .* was built for \d+ x \d+ pixels and takes no other size"):
+        build_model(config, ["a", "b"])

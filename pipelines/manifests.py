@@ -1,0 +1,235 @@
+"""Manifests: tables that name files and their labels (CSV, TSV, JSONL, Parquet) -> examples. Needs no TensorFlow."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from models import GraftError
+
+SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
+# What a split may be called, in a column, as a folder and as a file.
+SPLIT_ALIASES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+SHOWN_ROWS = 10  # most rows that an error names
+
+
+class Example(NamedTuple):
+    """One labelled file."""
+
+    split: str  # train, val, test, or "" where Graft splits
+    label: str
+    path: str
+    group: str = ""  # what must stay in one split: a patient, a customer; "" where none is given
+
+
+def manifest_files(data: str) -> dict[str, pathlib.Path]:
+    """The manifests that `data` stands for: {"": FILE}, or {split: file} of a folder that holds train.csv and the like.
+
+    Empty where `data` is neither.
+
+    Raises:
+        GraftError: no such manifest, a file of another format, two files for one split.
+    """
+    path = pathlib.Path(data)
+    if path.is_file() and path.suffix.lower() not in SUFFIXES:
+        raise GraftError(
+            f"--data {data}: the format of this file is not known. A manifest is a "
+            f"{', '.join(SUFFIXES)} file; else give a folder with one folder of images per class."
+        )
+    if path.suffix.lower() in SUFFIXES and not path.is_dir():
+        if not path.is_file():
+            raise GraftError(f"--data {data}: there is no such manifest. Give an existing file or folder.")
+        return {"": path}
+    files = {}
+    for file in sorted(path.iterdir()) if path.is_dir() else ():
+        split = SPLIT_ALIASES.get(file.stem)
+        if split is None or file.suffix.lower() not in SUFFIXES or not file.is_file():
+            continue
+        if split in files:
+            raise GraftError(f"--data {data}: {files[split].name} and {file.name} are the same split. Remove one.")
+        files[split] = file
+    return files if "train" in files else {}
+
+
+def read_manifests(
+    files: dict[str, pathlib.Path], path_column: str = "path", label_column: str = "label", group_column: str = "group"
+) -> list[Example]:
+    """The examples of manifests, sorted by path.
+
+    Paths are relative to their manifest's folder, or absolute. Rows are counted from 1, the header not.
+
+    Args:
+        files: as `manifest_files` gives it.
+
+    Raises:
+        GraftError: a manifest that cannot be read, is empty or lacks a column; rows without path, label or
+            file, with an unknown split or several labels; one path with different labels.
+    """
+    found = []
+    for split, file in files.items():
+        found += _read_manifest(file, split, path_column, label_column, group_column)
+    rows_of = {}  # path -> where it came first, and its label
+    for where, example in found:
+        first, label = rows_of.setdefault(example.path, (where, example.label))
+        if label != example.label:
+            raise GraftError(
+                f"{where}: {example.path} is labelled {example.label!r}, but {label!r} in {first}. "
+                f"Give each file one label."
+            )
+    return sorted((example for _, example in found), key=lambda example: example.path)
+
+
+def _read_manifest(
+    file: pathlib.Path, file_split: str, path_column: str, label_column: str, group_column: str
+) -> list[tuple[str, Example]]:
+    """(manifest and row, example) for every row; `file_split` is the split that the file's name gives, or ""."""
+    names, read = open_table(file)
+    for flag, column in (("--path-column", path_column), ("--label-column", label_column)):
+        if column not in names:
+            raise GraftError(
+                f"{file} has no column {column!r}; its columns: {', '.join(names)}. "
+                f"Name the right one with {flag}, or rename it."
+            )
+    if group_column not in names and group_column != "group":
+        raise GraftError(
+            f"{file} has no column {group_column!r}; its columns: {', '.join(names)}. Correct --group-column."
+        )
+    wanted = [name for name in dict.fromkeys([path_column, label_column, "split", group_column]) if name in names]
+    repeated = [name for name in wanted if names.count(name) > 1]
+    if repeated:
+        raise GraftError(f"{file} has several columns named {repeated[0]!r}. Rename all but one.")
+    try:
+        table = read(wanted)
+    except (pa.ArrowException, OSError) as error:
+        raise GraftError(_unreadable(file, error)) from error
+    if not table.num_rows:
+        raise GraftError(f"{file} is empty: it has no rows. Expected one row per image, with its path and label.")
+    cells = {name: _text(file, name, table.column(name)) for name in wanted}
+    empty = [""] * table.num_rows
+    paths, labels, groups = cells[path_column], cells[label_column], cells.get(group_column, empty)
+    splits = [SPLIT_ALIASES.get(cell.lower(), "" if not cell else None) for cell in cells.get("split", empty)]
+
+    for name, column in (("path", paths), ("label", labels)):
+        _refuse(
+            file,
+            [row for row, cell in enumerate(column, 1) if not cell],
+            f"no {name}. Every row needs one: fill it in, or remove the row.",
+        )
+    _refuse(
+        file,
+        [row for row, label in enumerate(labels, 1) if "|" in label],
+        f"several labels per image are not supported yet. Give one label, without '|': {_first(labels, '|')!r}.",
+    )
+    unknown = [row for row, split in enumerate(splits, 1) if split is None]
+    if unknown:
+        _refuse(
+            file,
+            unknown,
+            f"unknown split {cells['split'][unknown[0] - 1]!r}. Expected train, val (also valid, validation) "
+            f"or test, or an empty cell where Graft should split.",
+        )
+    if file_split:
+        other = [row for row, split in enumerate(splits, 1) if split not in ("", file_split)]
+        _refuse(file, other, f"the split is not {file_split}, which the file's name says. Make them agree.")
+        splits = [file_split] * table.num_rows
+    full_paths = [str(file.parent / path) for path in paths]
+    missing = [row for row, path in enumerate(full_paths, 1) if not os.path.isfile(path)]
+    if missing:
+        listed = "\n".join(f"  row {row}: {full_paths[row - 1]}" for row in missing[:SHOWN_ROWS])
+        raise GraftError(
+            f"{file}: {len(missing):,} of {table.num_rows:,} files do not exist. Paths are relative to the "
+            f"manifest's folder, or absolute:\n{listed}" + ("\n  ..." if len(missing) > SHOWN_ROWS else "")
+        )
+    return [
+        (f"{file}, row {row}", Example(*values))
+        for row, values in enumerate(zip(splits, labels, full_paths, groups), 1)
+    ]
+
+
+def _first(cells: list[str], part: str) -> str:
+    return next((cell for cell in cells if part in cell), "")
+
+
+def _refuse(file: pathlib.Path, rows: list[int], message: str) -> None:
+    """Raise GraftError naming the first rows, where there are any."""
+    if rows:
+        listed = ", ".join(map(str, rows[:SHOWN_ROWS])) + (", ..." if len(rows) > SHOWN_ROWS else "")
+        raise GraftError(f"{file}, row{'s' if len(rows) > 1 else ''} {listed}: {message}")
+
+
+def _text(file: pathlib.Path, name: str, column: pa.ChunkedArray) -> list[str]:
+    """A column as text without blanks around it: 1 -> "1", true -> "true", nothing -> ""."""
+    import pyarrow.compute as compute
+
+    if pa.types.is_floating(column.type):
+        # Libraries that lack missing integers write them as not-a-number among floats; 3.0 becomes "3".
+        column = compute.if_else(compute.is_nan(column), None, column)
+    try:
+        texts = column.cast(pa.string())
+    except pa.ArrowException as error:
+        several = "; several labels per image are not supported yet" if pa.types.is_list(column.type) else ""
+        raise GraftError(f"{file}: column {name!r} holds {column.type}, expected text{several}.") from error
+    return [(text or "").strip() for text in texts.to_pylist()]
+
+
+def _unreadable(file: pathlib.Path, error: Exception) -> str:
+    return f"{file} could not be read as {file.suffix[1:].upper()}: {error}. Repair it, or save it in another format."
+
+
+def open_table(file: pathlib.Path) -> tuple[list[str], Callable[[list[str]], pa.Table]]:
+    """The names of a manifest's columns, and a function: wanted names -> their table.
+
+    Raises:
+        GraftError: the file is empty or cannot be read.
+    """
+    openers = {".csv": _open_text, ".tsv": _open_text, ".jsonl": _open_json_lines, ".parquet": _open_parquet}
+    try:
+        if not file.stat().st_size:
+            raise GraftError(f"{file} is empty. Expected one row per image, with its path and label.")
+        return openers[file.suffix.lower()](file)
+    except (pa.ArrowException, OSError) as error:
+        raise GraftError(_unreadable(file, error)) from error
+
+
+def _open_text(file):
+    from pyarrow import csv
+
+    parse = csv.ParseOptions(delimiter="\t" if file.suffix.lower() == ".tsv" else ",", newlines_in_values=True)
+    with csv.open_csv(file, parse_options=parse) as reader:
+        names = reader.schema.names
+
+    def read(wanted):
+        # Everything as text: a guessed type would turn the class "007" into 7.
+        convert = csv.ConvertOptions(column_types={name: pa.string() for name in wanted}, include_columns=wanted)
+        return csv.read_csv(file, parse_options=parse, convert_options=convert)
+
+    return names, read
+
+
+def _open_json_lines(file):
+    from pyarrow import json
+
+    table = json.read_json(file)
+    dates = [field.name for field in table.schema if pa.types.is_timestamp(field.type)]
+    if dates:  # read again as they are written: 2020-01-01 would become 2020-01-01 00:00:00
+        schema = pa.schema([(name, pa.string()) for name in dates])
+        table = json.read_json(file, parse_options=json.ParseOptions(explicit_schema=schema))
+    return table.column_names, table.select
+
+
+def _open_parquet(file):
+    from pyarrow import parquet
+
+    # Not parquet.read_table: it adds columns from folder names such as site=north/.
+    with parquet.ParquetFile(file) as opened:
+        names = opened.schema_arrow.names
+
+    def read(wanted):
+        with parquet.ParquetFile(file) as opened:
+            return opened.read(columns=wanted)
+
+    return names, read
