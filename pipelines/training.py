@@ -272,7 +272,7 @@ def fit_two_phase(
         config: `pipelines.config.ImageConfig` or its like.
         on_start: (name, trainable table), before each phase.
         on_best: (name, model), whenever validation has improved.
-        on_end: (phase dict of `fit_phase`), after each phase; what it returns stays in the dict.
+        on_end: (phase dict of `fit_phase`), after each phase; it may add to the dict.
     """
     options = config.training
     replicas = strategy.num_replicas_in_sync
