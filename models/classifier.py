@@ -11,13 +11,18 @@ from models.backbone import Backbone
 class Classifier(keras.Model):
     """Backbone -> pooled features -> dropout -> one Dense layer giving float32 logits [batch, classes].
 
+    The logits are those of a softmax over the classes; with `multi_label` of a sigmoid for each class.
+
     A frozen layer always runs in inference mode, whatever `training` says. In a plain functional
     model it would not: `fit` overrides `backbone(x, training=False)` (keras issue 20285).
     """
 
-    def __init__(self, backbone: Backbone, class_count: int, dropout: float = 0.2, seed: int = 0):
+    def __init__(
+        self, backbone: Backbone, class_count: int, dropout: float = 0.2, seed: int = 0, multi_label: bool = False
+    ):
         super().__init__(name="classifier")
         self.backbone = backbone
+        self.multi_label = multi_label
         self.encoder = backbone.encoder
         self.dropout = keras.layers.Dropout(dropout, seed=seed, name="dropout")
         self.head = keras.layers.Dense(

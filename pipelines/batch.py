@@ -204,7 +204,7 @@ def evaluate_run(argv: list[str]) -> int:
     found = find_images(config.data)
     if any(example.split for example in found):
         found = [example for example in found if example.split == "test"] or found
-    unknown = sorted({example.label for example in found} - set(class_names))
+    unknown = sorted({label for example in found for label in example.labels} - set(class_names))
     if unknown:
         raise GraftError(
             f"--data {config.data}: the model does not know the classes {', '.join(unknown)}. "
@@ -218,7 +218,7 @@ def evaluate_run(argv: list[str]) -> int:
     skipped = [{"path": found[i].path, "reason": a["error"]} for i, a in enumerate(answers) if a["error"]]
     if not kept:
         raise GraftError(f"--data {config.data}: none of the {len(found)} files could be read, the first: {skipped[0]}")
-    labels = np.array([class_names.index(found[i].label) for i in kept])
+    labels = np.array([class_names.index(found[i].labels[0]) for i in kept])
     probabilities = np.stack([answers[i]["probabilities"] for i in kept])
     # The export gives probabilities; their logarithm is a valid set of logits.
     logits = np.log(np.maximum(probabilities, np.finfo(np.float32).tiny))

@@ -11,6 +11,7 @@ import pathlib
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from models import GraftError, offline
 from pipelines.console import progress_bar
@@ -44,8 +45,8 @@ IMAGE_SUFFIXES = frozenset(
 class Splits:
     """A labelled dataset, split.
 
-    Each table has the columns id (content hash), path, label (index into class_names), group
-    (what must stay in one split: the manifest's, else the content hash) and weight.
+    Each table has the columns id (content hash), path, label (index into class_names; a list of indices
+    in a multi-label set), group (what must stay in one split: the manifest's, else the content hash) and weight.
     """
 
     train: pa.Table
@@ -59,6 +60,11 @@ class Splits:
 
     def __iter__(self):
         return iter((self.train, self.val, self.test))
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an example may have several labels."""
+        return pa.types.is_list(self.train.schema.field("label").type)
 
 
 # ---------------------------------------------------------------- finding files
@@ -91,7 +97,7 @@ def find_images(
                 raise GraftError(f"{flag} {column}: only a manifest has columns, and --data {data} is none.")
         found = _find_in_folders(data)
         give = "one folder of images per class"
-    classes = {example.label for example in found}
+    classes = {label for example in found for label in example.labels}
     if len(classes) < 2:
         raise GraftError(
             f"--data {data}: only one class, {classes.pop()!r}. A classifier needs at least two: give {give}."
@@ -132,12 +138,19 @@ def _find_in_folders(data: str) -> list[Example]:
                 f"{path} is in no class folder. Expected {folder}/"
                 f"{'train/' if has_splits else ''}CLASS/{path.name}: move it into the folder of its class."
             )
-        found.append(Example(SPLIT_ALIASES[parts[0]] if has_splits else "", parts[depth - 1], str(path)))
+        found.append(Example(SPLIT_ALIASES[parts[0]] if has_splits else "", (parts[depth - 1],), str(path)))
     return found
+
+
+def is_multi_label(found: list[Example]) -> bool:
+    """Whether some example has several labels; then all are learned as independent yes-or-no questions."""
+    return any(len(example.labels) != 1 for example in found)
 
 
 def drop_small_classes(found: list[Example], min_per_class: int) -> tuple[list[Example], list[str]]:
     """Leave out classes with fewer than `min_per_class` images; 0 stops at a class that has only one.
+
+    An image of a multi-label set loses such labels, and is left out with its last one.
 
     Returns:
         What is left, and the names of the classes left out.
@@ -145,7 +158,7 @@ def drop_small_classes(found: list[Example], min_per_class: int) -> tuple[list[E
     Raises:
         GraftError: a class with one image and min_per_class 0; fewer than two classes left.
     """
-    counts = collections.Counter(example.label for example in found)
+    counts = collections.Counter(label for example in found for label in example.labels)
     if not min_per_class:
         single = sorted(label for label, count in counts.items() if count < 2)
         if single:
@@ -161,7 +174,8 @@ def drop_small_classes(found: list[Example], min_per_class: int) -> tuple[list[E
             f"--min-per-class {min_per_class} leaves {len(counts) - len(dropped)} of {len(counts)} classes; "
             f"at least two are needed. The largest class has {max(counts.values())} images."
         )
-    return [example for example in found if example.label not in dropped], dropped
+    left = [example._replace(labels=tuple(name for name in example.labels if name not in dropped)) for example in found]
+    return [example for example in left if example.labels], dropped
 
 
 # ---------------------------------------------------------------- reading and splitting
@@ -191,37 +205,40 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
             f"{len(skipped)} of {len(paths)} images cannot be read; up to {limit} are skipped. "
             f"Repair or remove them:\n{listed}" + ("\n  ..." if len(skipped) > 10 else "")
         )
-    kept = [(example, fact) for example, fact in zip(found, facts) if not fact["error"]]
-    left, _ = drop_small_classes([example for example, _ in kept], min_per_class)
-    left_classes = {example.label for example in left}
-    kept = [(example, fact) for example, fact in kept if example.label in left_classes]
-    class_names = sorted(left_classes)
+    facts_of = {example.path: fact for example, fact in zip(found, facts) if not fact["error"]}
+    multi_label = is_multi_label(found)
+    kept, _ = drop_small_classes([example for example in found if example.path in facts_of], min_per_class)
+    facts = [facts_of[example.path] for example in kept]
+    class_names = sorted({label for example in kept for label in example.labels})
 
     warnings = []
     if dropped:
         warnings.append(f"{len(dropped)} classes with fewer than {min_per_class} images were left out: {dropped}.")
     if skipped:
         warnings.append(f"{len(skipped)} files could not be read and were skipped (skipped.csv says why).")
-    rotated = sum(fact["exif_orientation"] not in (0, 1) for _, fact in kept)
+    rotated = sum(fact["exif_orientation"] not in (0, 1) for fact in facts)
     if rotated:
         warnings.append(
             f"{rotated} images carry an EXIF rotation. It is ignored, in training and in serving alike: "
             f"rotate the pixels if up matters."
         )
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        ids = list(pool.map(content_id, [example.path for example, _ in kept]))
-    rows = [
-        {
-            "id": identity,
-            "path": example.path,
-            "label": class_names.index(example.label),
-            "group": example.group or identity,
-            "split": example.split,
-        }
-        for (example, _), identity in zip(kept, ids)
-    ]
+        ids = list(pool.map(content_id, [example.path for example in kept]))
+    index_of = {name: index for index, name in enumerate(class_names)}
+    rows = []
+    for example, identity in zip(kept, ids):
+        indices = sorted(index_of[label] for label in example.labels)
+        rows.append(
+            {
+                "id": identity,
+                "path": example.path,
+                "label": indices if multi_label else indices[0],
+                "group": example.group or identity,
+                "split": example.split,
+            }
+        )
     tables = make_splits(rows, class_names, warnings)
-    peak = max((fact["peak"] for _, fact in kept), default=0)
+    peak = max((fact["peak"] for fact in facts), default=0)
     return Splits(
         **tables,
         class_names=class_names,
@@ -245,14 +262,36 @@ def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(length)
 
 
-def dataset(table: pa.Table, load, *, batch_size: int, epoch: int = 0, training: bool = False, seed: int = 0):
-    """A table as a tf.data of full batches: (inputs, labels [b] int32, weights [b] float32, rows [b] int32).
+def targets_of(table: pa.Table, class_count: int) -> np.ndarray:
+    """The labels of a table as [n, classes] float32: 1 for each class that an example has, else 0."""
+    targets = np.zeros((table.num_rows, class_count), np.float32)
+    labels = table["label"].combine_chunks()
+    if pa.types.is_list(labels.type):
+        rows, columns = pa.compute.list_parent_indices(labels).to_numpy(), labels.flatten().to_numpy()
+    else:
+        rows, columns = np.arange(len(labels)), labels.to_numpy()
+    targets[rows, columns] = 1.0
+    return targets
+
+
+def dataset(
+    table: pa.Table,
+    load,
+    *,
+    class_count: int,
+    batch_size: int,
+    epoch: int = 0,
+    training: bool = False,
+    seed: int = 0,
+):
+    """A table as a tf.data of full batches: (inputs, targets [b, classes], weights [b], rows [b] int32), float32.
 
     The last batch is padded to full size by repeating its first example with weight 0 and row -1, so
     that shapes are static, any batch size works on any number of replicas, and every example counts once.
 
     Args:
         load: (path, seed [2] int32) -> input of one example; the seed is a function of (seed, epoch, example).
+        class_count: width of the targets, which are as `targets_of` makes them.
         training: shuffled by `permutation`, else in the table's order.
     """
     import tensorflow as tf
@@ -264,19 +303,19 @@ def dataset(table: pa.Table, load, *, batch_size: int, epoch: int = 0, training:
         np.int32
     )
     real = np.arange(len(rows)) < count
-    labels = table["label"].to_numpy().astype(np.int32)[rows]
+    targets = targets_of(table, class_count)[rows]
     weights = table["weight"].to_numpy()[rows] * real
     paths = np.array(table["path"].to_pylist(), dtype=object)[rows]
     seeds = np.stack([np.full(len(rows), (seed * 1_000_003 + epoch) % (2**31 - 1), np.int32), rows], axis=1)
 
     @tf.autograph.experimental.do_not_convert
-    def load_example(path, example_seed, label, weight, row):
-        return load(path, example_seed), label, weight, row
+    def load_example(path, example_seed, target, weight, row):
+        return load(path, example_seed), target, weight, row
 
     slices = (
         paths.astype(str),
         seeds,
-        labels,
+        targets,
         weights.astype(np.float32),
         np.where(real, rows, -1).astype(np.int32),
     )

@@ -78,10 +78,11 @@ def add_test_figures(phase: dict, table, logits: np.ndarray) -> None:
     """Put accuracy, loss and macro F1 on the test set into a phase, and print how the phase ended."""
     from sklearn.metrics import f1_score
 
+    from pipelines.data import targets_of
     from pipelines.training import mean_loss_and_accuracy
 
     labels = table["label"].to_numpy()
-    loss, accuracy = mean_loss_and_accuracy(labels, logits)
+    loss, accuracy = mean_loss_and_accuracy(targets_of(table, logits.shape[1]), logits, False)
     macro_f1 = f1_score(labels, logits.argmax(axis=1), labels=np.unique(labels), average="macro", zero_division=0)
     phase["test"] = {"accuracy": accuracy, "loss": loss, "macro_f1": float(macro_f1)}
     console.print(

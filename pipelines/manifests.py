@@ -21,7 +21,7 @@ class Example(NamedTuple):
     """One labelled file."""
 
     split: str  # train, val, test, or "" where Graft splits
-    label: str
+    labels: tuple[str, ...]  # one; several in a multi-label set
     path: str
     group: str = ""  # what must stay in one split: a patient, a customer; "" where none is given
 
@@ -67,18 +67,18 @@ def read_manifests(
 
     Raises:
         GraftError: a manifest that cannot be read, is empty or lacks a column; rows without path, label or
-            file, with an unknown split or several labels; one path with different labels.
+            file, or with an unknown split; one path with different labels.
     """
     found = []
     for split, file in files.items():
         found += _read_manifest(file, split, path_column, label_column, group_column)
-    rows_of = {}  # path -> where it came first, and its label
+    rows_of = {}  # path -> where it came first, and its labels
     for where, example in found:
-        first, label = rows_of.setdefault(example.path, (where, example.label))
-        if label != example.label:
+        first, labels = rows_of.setdefault(example.path, (where, example.labels))
+        if set(labels) != set(example.labels):
             raise GraftError(
-                f"{where}: {example.path} is labelled {example.label!r}, but {label!r} in {first}. "
-                f"Give each file one label."
+                f"{where}: {example.path} is labelled {'|'.join(example.labels)!r}, but {'|'.join(labels)!r} in "
+                f"{first}. Give each file one label; where a file may have several, write them in one row: a|b."
             )
     return sorted((example for _, example in found), key=lambda example: example.path)
 
@@ -113,17 +113,13 @@ def _read_manifest(
     paths, labels, groups = cells[path_column], cells[label_column], cells.get(group_column, empty)
     splits = [SPLIT_ALIASES.get(cell.lower(), "" if not cell else None) for cell in cells.get("split", empty)]
 
+    labels = [tuple(dict.fromkeys(label.strip() for label in cell.split("|") if label.strip())) for cell in labels]
     for name, column in (("path", paths), ("label", labels)):
         _refuse(
             file,
             [row for row, cell in enumerate(column, 1) if not cell],
             f"no {name}. Every row needs one: fill it in, or remove the row.",
         )
-    _refuse(
-        file,
-        [row for row, label in enumerate(labels, 1) if "|" in label],
-        f"several labels per image are not supported yet. Give one label, without '|': {_first(labels, '|')!r}.",
-    )
     unknown = [row for row, split in enumerate(splits, 1) if split is None]
     if unknown:
         _refuse(
@@ -150,10 +146,6 @@ def _read_manifest(
     ]
 
 
-def _first(cells: list[str], part: str) -> str:
-    return next((cell for cell in cells if part in cell), "")
-
-
 def _refuse(file: pathlib.Path, rows: list[int], message: str) -> None:
     """Raise GraftError naming the first rows, where there are any."""
     if rows:
@@ -162,17 +154,21 @@ def _refuse(file: pathlib.Path, rows: list[int], message: str) -> None:
 
 
 def _text(file: pathlib.Path, name: str, column: pa.ChunkedArray) -> list[str]:
-    """A column as text without blanks around it: 1 -> "1", true -> "true", nothing -> ""."""
+    """A column as text without blanks around it: 1 -> "1", true -> "true", ["a", "b"] -> "a|b", nothing -> ""."""
     import pyarrow.compute as compute
 
+    if pa.types.is_list(column.type):
+        try:
+            column = compute.binary_join(column.cast(pa.list_(pa.string())), "|")
+        except pa.ArrowException as error:
+            raise GraftError(f"{file}: column {name!r} holds {column.type}, expected text.") from error
     if pa.types.is_floating(column.type):
         # Libraries that lack missing integers write them as not-a-number among floats; 3.0 becomes "3".
         column = compute.if_else(compute.is_nan(column), None, column)
     try:
         texts = column.cast(pa.string())
     except pa.ArrowException as error:
-        several = "; several labels per image are not supported yet" if pa.types.is_list(column.type) else ""
-        raise GraftError(f"{file}: column {name!r} holds {column.type}, expected text{several}.") from error
+        raise GraftError(f"{file}: column {name!r} holds {column.type}, expected text.") from error
     return [(text or "").strip() for text in texts.to_pylist()]
 
 

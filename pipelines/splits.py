@@ -23,11 +23,13 @@ def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -
     duplicates and groups.
 
     Args:
-        rows: id, path, label (index), group (the id where there is none) and split ("" where there is none).
+        rows: id, path, label (index, or list of indices), group (the id where there is none) and split ("" where
+            there is none). Shares hold per class; an example of several classes counts for its rarest.
 
     Raises:
         GraftError: a class without training images, nothing to validate or test with.
     """
+    _set_strata(rows)
     given = {row["split"] for row in rows} - {""}
     has_groups = any(row["group"] != row["id"] for row in rows)
     movable = [row for row in rows if not row["split"]]
@@ -49,7 +51,7 @@ def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -
         [
             ("id", pa.string()),
             ("path", pa.string()),
-            ("label", pa.int64()),
+            ("label", pa.list_(pa.int64()) if any(isinstance(row["label"], list) for row in rows) else pa.int64()),
             ("group", pa.string()),
             ("weight", pa.float32()),
         ]
@@ -66,6 +68,18 @@ def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -
                 f"or the column split of a manifest."
             )
     return tables
+
+
+def labels_of(row: dict) -> list[int]:
+    """The labels of a row, one or several."""
+    return row["label"] if isinstance(row["label"], list) else [row["label"]]
+
+
+def _set_strata(rows: list[dict]) -> None:
+    """Give every row the class for whose shares it counts: its label, the rarest where it has several."""
+    counts = collections.Counter(label for row in rows for label in labels_of(row))
+    for row in rows:
+        row["stratum"] = min(labels_of(row), key=lambda label: (counts[label], label))
 
 
 def _follow_given(rows: list[dict]) -> list[dict]:
@@ -108,7 +122,7 @@ def _split_by_content(movable: list[dict], make_val: bool, make_test: bool) -> N
     """Exact shares per class: the first 15% by order of content hash test, the next 15% validate."""
     by_class = collections.defaultdict(lambda: collections.defaultdict(list))
     for row in movable:
-        by_class[row["label"]][row["id"]].append(row)
+        by_class[row["stratum"]][row["id"]].append(row)
     for same_content in by_class.values():
         names = sorted(same_content)
         share = len(names) * VAL_SHARE
@@ -121,7 +135,7 @@ def _split_by_content(movable: list[dict], make_val: bool, make_test: bool) -> N
                 row["split"] = split
     # Content that sits in several classes (equal images, different labels) must not straddle splits either.
     first_split = {}
-    for row in sorted(movable, key=lambda row: row["label"]):
+    for row in sorted(movable, key=lambda row: row["stratum"]):
         row["split"] = first_split.setdefault(row["id"], row["split"])
 
 
@@ -136,7 +150,7 @@ def _split_by_group(movable: list[dict], make_val: bool, make_test: bool) -> Non
     """
     by_class = collections.defaultdict(list)
     for component in _components(movable):
-        counts = collections.Counter(row["label"] for row in component)
+        counts = collections.Counter(row["stratum"] for row in component)
         main_class = min(counts, key=lambda label: (-counts[label], label))
         name = min(row["group"] for row in component)
         by_class[main_class].append((_uniform(name), component))
@@ -151,9 +165,9 @@ def _split_by_group(movable: list[dict], make_val: bool, make_test: bool) -> Non
             for row in component:
                 row["split"] = "test" if index < ends["test"] else "val" if index < ends["val"] else "train"
     # A class that is the main one of no training group still needs training rows: its group of the highest hash.
-    for label in sorted({row["label"] for row in movable}):
-        if not any(row["label"] == label and row["split"] == "train" for row in movable):
-            holders = [c for c in _components(movable) if any(row["label"] == label for row in c)]
+    for label in sorted({label for row in movable for label in labels_of(row)}):
+        if not any(label in labels_of(row) and row["split"] == "train" for row in movable):
+            holders = [c for c in _components(movable) if any(label in labels_of(row) for row in c)]
             for row in max(holders, key=lambda c: _uniform(min(row["group"] for row in c))):
                 row["split"] = "train"
 
@@ -185,7 +199,8 @@ def _warn_of_groups(rows: list[dict], class_names: list[str], warnings: list[str
     leaked = sum("test" in splits and len(splits) > 1 for splits in splits_of.values())
     if leaked:
         warnings.append(f"{leaked} groups of the given test set are also in train or val: its score is too good.")
-    untested = {row["label"] for row in rows} - {row["label"] for row in rows if row["split"] == "test"}
+    tested = {label for row in rows if row["split"] == "test" for label in labels_of(row)}
+    untested = {label for row in rows for label in labels_of(row)} - tested
     if untested:
         names = [class_names[label] for label in sorted(untested)]
         warnings.append(f"Classes {names} have no test images: too few groups hold them.")
@@ -201,16 +216,16 @@ def _warn_of_duplicates(rows: list[dict], class_names: list[str], warnings: list
             f"{sum(map(len, repeated)) - len(repeated)} images are exact copies of others; "
             f"copies are kept in the same split where Graft makes the splits."
         )
-    contradictory = sum(len({row["label"] for row in same}) > 1 for same in repeated)
+    contradictory = sum(len({tuple(labels_of(row)) for row in same}) > 1 for same in repeated)
     if contradictory:
-        warnings.append(f"{contradictory} images appear in more than one class.")
+        warnings.append(f"{contradictory} images appear several times, with different labels.")
     leaked = sum(
         "test" in splits and len(splits) > 1 for splits in ({row["split"] for row in same} for same in repeated)
     )
     if leaked:
         warnings.append(f"{leaked} images of the given test set are also trained on: its score is too good.")
-    train_labels = {row["label"] for row in rows if row["split"] == "train"}
-    untrained = sorted({row["label"] for row in rows} - train_labels)
+    train_labels = {label for row in rows if row["split"] == "train" for label in labels_of(row)}
+    untrained = sorted({label for row in rows for label in labels_of(row)} - train_labels)
     if untrained:
         raise GraftError(
             f"Classes {[class_names[label] for label in untrained]} have no training images. Every class of val "

@@ -19,15 +19,27 @@ from models import optimizer as optimizers
 from models.classifier import Classifier
 from pipelines.config import depth_blocks
 from pipelines.console import progress_bar
-from pipelines.data import Splits, dataset
-from pipelines.evaluate import softmax_and_cross_entropy
+from pipelines.data import Splits, dataset, targets_of
 
 
-def cross_entropy(labels, logits, label_smoothing: float = 0.0):
-    """Softmax cross-entropy per example, nats: labels [b] int32, logits [b, classes] float32 -> [b]."""
-    classes = logits.shape[-1]
-    targets = tf.one_hot(labels, classes) * (1.0 - label_smoothing) + label_smoothing / classes
+def cross_entropy(targets, logits, multi_label: bool, label_smoothing: float = 0.0):
+    """Cross-entropy per example in nats: targets and logits [b, classes] float32 -> [b].
+
+    Of the softmax over all classes; with `multi_label` of a sigmoid per class, and the mean over classes, as
+    Keras's BinaryCrossentropy. Smoothing draws targets towards 1 / classes, with `multi_label` towards 1/2.
+    """
+    if multi_label:
+        targets = targets * (1.0 - label_smoothing) + label_smoothing / 2
+        return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(targets, logits), axis=-1)
+    targets = targets * (1.0 - label_smoothing) + label_smoothing / logits.shape[-1]
     return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
+
+
+def share_correct(targets, logits, multi_label: bool):
+    """Per example [b] float32: 1 where the best class is right; with `multi_label` the share of right yes-or-nos."""
+    if multi_label:
+        return tf.reduce_mean(tf.cast((logits > 0) == (targets > 0.5), tf.float32), axis=-1)
+    return tf.cast(tf.argmax(logits, -1) == tf.argmax(targets, -1), tf.float32)
 
 
 def make_train_step(model: Classifier, optimizer, strategy, accumulation_steps: int = 1, label_smoothing: float = 0.0):
@@ -37,20 +49,19 @@ def make_train_step(model: Classifier, optimizer, strategy, accumulation_steps: 
     the weight of all, and the optimizer sums the gradients over replicas (once: never reduce before).
     """
 
-    def gradients_of(inputs, labels, weights, rows, total):
+    def gradients_of(inputs, targets, weights, rows, total):
         with tf.GradientTape() as tape:
             logits = model(inputs, training=True)
-            losses = cross_entropy(labels, logits, label_smoothing) * weights
+            losses = cross_entropy(targets, logits, model.multi_label, label_smoothing) * weights
             loss = tf.math.divide_no_nan(tf.reduce_sum(losses), total)
         gradients = tape.gradient(loss, [weight.value for weight in model.trainable_weights])
-        real = rows >= 0
-        correct = (tf.argmax(logits, -1, tf.int32) == labels) & real
-        sums = [losses, weights, tf.cast(correct, tf.float32), tf.cast(real, tf.float32)]
+        real = tf.cast(rows >= 0, tf.float32)
+        sums = [losses, weights, share_correct(targets, logits, model.multi_label) * real, real]
         return gradients, tf.stack([tf.reduce_sum(values) for values in sums])
 
-    def replica_step(inputs, labels, weights, rows):
+    def replica_step(inputs, targets, weights, rows):
         total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(weights))
-        batch = (inputs, labels, weights, rows)
+        batch = (inputs, targets, weights, rows)
         if accumulation_steps == 1:
             gradients, sums = gradients_of(*batch, total)
         else:
@@ -79,7 +90,7 @@ def make_predict_step(model: Classifier, strategy):
 
     @tf.function(autograph=False)
     def predict_step(batch):
-        return strategy.run(lambda inputs, labels, weights, rows: (model(inputs, training=False), rows), args=batch)
+        return strategy.run(lambda inputs, targets, weights, rows: (model(inputs, training=False), rows), args=batch)
 
     return predict_step
 
@@ -103,7 +114,7 @@ def predictor(model: Classifier, strategy, load, batch_size: int):
     predict_step = make_predict_step(model, strategy)
 
     def logits_of(table) -> np.ndarray:
-        batches = dataset(table, load, batch_size=batch_size)
+        batches = dataset(table, load, class_count=model.head.units, batch_size=batch_size)
         with progress_bar() as bar:
             task = bar.add_task("evaluating", total=len(batches), note="")
             return predict_logits(predict_step, strategy, batches, table.num_rows, lambda: bar.advance(task))
@@ -111,10 +122,14 @@ def predictor(model: Classifier, strategy, load, batch_size: int):
     return logits_of
 
 
-def mean_loss_and_accuracy(labels: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
-    """Mean cross-entropy in nats and share of correct answers, every example counted once."""
-    _, losses = softmax_and_cross_entropy(labels, logits.astype(np.float64))
-    return float(losses.mean()), float((logits.argmax(axis=1) == labels).mean())
+def mean_loss_and_accuracy(targets: np.ndarray, logits: np.ndarray, multi_label: bool) -> tuple[float, float]:
+    """Mean cross-entropy in nats and share of correct answers, every example counted once, in float64.
+
+    Args:
+        targets: [n, classes] of 0 and 1, as `pipelines.data.targets_of` makes them.
+    """
+    losses = cross_entropy(targets.astype(np.float64), logits.astype(np.float64), multi_label)
+    return float(tf.reduce_mean(losses)), float(tf.reduce_mean(share_correct(targets, logits, multi_label)))
 
 
 def class_weighted(table, class_count: int):
@@ -135,7 +150,7 @@ def fit_phase(
     train_batches,
     steps: int,
     val_batches,
-    val_labels: np.ndarray,
+    val_targets: np.ndarray,
     epochs: int,
     learning_rate: float,
     options,
@@ -151,7 +166,7 @@ def fit_phase(
         name: "head" or "fine_tune".
         train_batches: epoch -> tf.data of that epoch, as `pipelines.data.dataset` makes it.
         steps: batches per epoch.
-        val_batches, val_labels: the validation set in the table's order, and its labels [n].
+        val_batches, val_targets: the validation set in the table's order, and its targets [n, classes].
         options: `pipelines.config.TrainingOptions`.
         on_best: called with the model whenever validation has improved, to save it.
         first_epoch: epochs of earlier phases: data order and logs go on from there.
@@ -186,8 +201,8 @@ def fit_phase(
             observers.on_epoch_begin(epoch)
             batches = strategy.experimental_distribute_dataset(train_batches(epoch))
             loss, accuracy = train_epoch(train_step, batches, observers, set_dropout_seeds, first_step=epoch * steps)
-            logits = predict_logits(predict_step, strategy, val_batches, len(val_labels))
-            val_loss, val_accuracy = mean_loss_and_accuracy(val_labels, logits)
+            logits = predict_logits(predict_step, strategy, val_batches, len(val_targets))
+            val_loss, val_accuracy = mean_loss_and_accuracy(val_targets, logits, model.multi_label)
             if not math.isfinite(loss + val_loss):
                 raise GraftError(
                     f"The loss of phase {name} is not finite in epoch {epoch - first_epoch + 1} "
@@ -286,8 +301,8 @@ def fit_two_phase(
     train = class_weighted(splits.train, class_count) if options.class_weights == "balanced" else splits.train
     common = {
         "steps": math.ceil(train.num_rows / options.batch_size),
-        "val_batches": dataset(splits.val, loader("none"), batch_size=options.batch_size),
-        "val_labels": splits.val["label"].to_numpy(),
+        "val_batches": dataset(splits.val, loader("none"), class_count=class_count, batch_size=options.batch_size),
+        "val_targets": targets_of(splits.val, class_count),
         "options": options,
         "strategy": strategy,
         "callbacks": callbacks,
@@ -295,7 +310,13 @@ def fit_two_phase(
 
     def train_batches(load):
         return lambda epoch: dataset(
-            train, load, batch_size=options.batch_size, epoch=epoch, training=True, seed=options.seed
+            train,
+            load,
+            class_count=class_count,
+            batch_size=options.batch_size,
+            epoch=epoch,
+            training=True,
+            seed=options.seed,
         )
 
     def run_phase(name, augmentation, epochs, rate, **more):

@@ -14,7 +14,7 @@ from pyarrow import csv, parquet
 from models import GraftError
 from pipelines import data, splits
 from pipelines.config import parse_config
-from pipelines.data import Example, find_images
+from pipelines.data import Example, drop_small_classes, find_images, is_multi_label, targets_of
 from pipelines.image import check_request
 from tests.conftest import write_png_folder
 
@@ -53,7 +53,7 @@ def folder(tmp_path):
 
 def test_every_format_gives_the_same_examples(folder):
     expected = [
-        Example(split, row["label"], str(folder / row["path"]), row["group"])
+        Example(split, (row["label"],), str(folder / row["path"]), row["group"])
         for row, split in zip(ROWS, ("train", "test", "val", ""))
     ]
     for suffix in ("csv", "tsv", "jsonl", "parquet"):
@@ -86,16 +86,34 @@ def test_labels_and_groups_become_text(folder):
         ):
             rows = [{"path": path, "label": label, "group": 3} for path, label in zip(paths, labels)]
             found = find_images(write(folder / f"m.{suffix}", rows))
-            assert [(example.label, example.group) for example in found] == [(text, "3") for text in texts]
+            assert [(example.labels, example.group) for example in found] == [((text,), "3") for text in texts]
     # What text formats write stays as it is written, though every cell looks like a number or a date.
     for texts in (["007", "010"] * 2, ["2020-01-01", "2020-01-02"] * 2):
         for suffix in ("csv", "tsv", "jsonl"):
             rows = [{"path": path, "label": text} for path, text in zip(paths, texts)]
-            assert [example.label for example in find_images(write(folder / f"m.{suffix}", rows))] == texts
+            found = find_images(write(folder / f"m.{suffix}", rows))
+            assert [example.labels for example in found] == [(text,) for text in texts]
     # Missing numbers, as libraries without missing integers write them.
     table = pa.table({"path": paths, "label": ["a", "b"] * 2, "group": [1.0, float("nan"), 2.0, 2.0]})
     parquet.write_table(table, folder / "m.parquet")
     assert [example.group for example in find_images(str(folder / "m.parquet"))] == ["1", "", "2", "2"]
+
+
+def test_several_labels(folder):
+    cells = ["cat | dog|cat", "dog", "bird", "bird|dog|"]
+    rows = [{"path": row["path"], "label": cell} for row, cell in zip(ROWS, cells)]
+    expected = [("cat", "dog"), ("dog",), ("bird",), ("bird", "dog")]
+    for suffix in ("csv", "tsv", "jsonl", "parquet"):
+        found = find_images(write(folder / f"m.{suffix}", rows))
+        assert [example.labels for example in found] == expected
+        assert is_multi_label(found)
+    for suffix in ("jsonl", "parquet"):  # as lists
+        rows = [{"path": row["path"], "label": list(labels)} for row, labels in zip(ROWS, expected)]
+        assert find_images(write(folder / f"m.{suffix}", rows)) == found
+    # A rare label is left out, and an image with it alone.
+    left, dropped = drop_small_classes(found, 2)
+    assert [example.labels for example in left] == [("dog",), ("dog",), ("bird",), ("bird", "dog")]
+    assert dropped == ["cat"]
 
 
 def test_renamed_columns(folder):
@@ -111,7 +129,7 @@ def test_a_folder_of_split_manifests(folder):
     for name, rows in parts.items():
         write(folder / name, [{"path": row["path"], "label": row["label"]} for row in rows])
     found = find_images(str(folder))
-    assert [(example.split, example.label) for example in found] == [
+    assert [(example.split, *example.labels) for example in found] == [
         ("train", "007"),
         ("train", "NA"),
         ("val", "007"),
@@ -147,7 +165,7 @@ def changed(row, **cells):
         (changed(2, path=""), "m.*, row 2: no path. Every row needs one"),
         (changed(3, label=""), "m.*, row 3: no label. Every row needs one"),
         (changed(4, split="holdout"), "m.*, row 4: unknown split 'holdout'. Expected train, val"),
-        (changed(1, label="cat|dog"), "m.*, row 1: several labels per image are not supported yet.*'cat|dog'"),
+        (changed(1, label=" | "), "m.*, row 1: no label. Every row needs one"),
         (changed(3, path="photos/no.png"), "(?s)1 of 4 files do not exist.*row 3: .*photos/no.png"),
         (
             [{**row, "path": f"{i}.png"} for i, row in enumerate(ROWS * 4)],
@@ -191,8 +209,8 @@ def test_mistakes_in_the_file(folder):
     (folder / "m.csv").write_text("path,label,label\na,b,c\n")
     with pytest.raises(GraftError, match="several columns named 'label'"):
         find_images(str(folder / "m.csv"))
-    write(folder / "m.jsonl", [{**ROWS[0], "label": ["cat", "dog"]}])
-    with pytest.raises(GraftError, match=r"'label' holds list<.*expected text; several labels per image are not"):
+    write(folder / "m.jsonl", [{**ROWS[0], "label": {"name": "cat"}}])
+    with pytest.raises(GraftError, match=r"'label' holds struct<.*expected text"):
         find_images(str(folder / "m.jsonl"))
 
 
@@ -250,6 +268,20 @@ def test_no_group_straddles_splits_and_shares_are_near():
     for name, middle, low, high in (("train", 0.7, 0.4, 0.9), ("val", 0.15, 0.03, 0.33), ("test", 0.15, 0.03, 0.33)):
         assert abs(np.mean(shares[name]) - middle) < 0.03, name
         assert low < min(shares[name]) and max(shares[name]) < high, name
+
+
+def test_shares_hold_for_each_of_several_labels():
+    random = np.random.default_rng(0)
+    rows = []
+    for index in range(2000):
+        labels = np.flatnonzero(random.random(4) < [0.5, 0.3, 0.1, 0.03]).tolist() or [0]
+        rows.append({**row(0, f"image{index}"), "label": labels})
+    tables = splits.make_splits([dict(r) for r in rows], list("abcd"), [])
+    targets = {name: targets_of(table, 4).sum(axis=0) for name, table in tables.items()}
+    shares = {name: counts / sum(targets.values()) for name, counts in targets.items()}
+    np.testing.assert_allclose(shares["test"], 0.15, atol=0.03)
+    np.testing.assert_allclose(shares["val"], 0.15, atol=0.03)
+    assert {tuple(labels) for labels in tables["test"]["label"].to_pylist()} > {(0,), (0, 1), (2,)}
 
 
 def test_splits_by_group_do_not_depend_on_the_order_of_rows():

@@ -11,7 +11,7 @@ from models import GraftError
 from models.classifier import Classifier
 from pipelines import training
 from pipelines.config import ImageConfig
-from pipelines.data import dataset, find_images, image_loader, load_images
+from pipelines.data import dataset, find_images, image_loader, load_images, targets_of
 from tests.conftest import tiny_backbone
 
 
@@ -80,7 +80,7 @@ def test_batch_norm_trains_when_asked_and_its_statistics_are_those_of_the_best_e
 def validation_loss(model, splits):
     strategy, load = tf.distribute.get_strategy(), image_loader(model.backbone.preprocess, 255)
     logits = training.predictor(model, strategy, load, batch_size=8)(splits.val)
-    return training.mean_loss_and_accuracy(splits.val["label"].to_numpy(), logits)[0]
+    return training.mean_loss_and_accuracy(targets_of(splits.val, 3), logits, multi_label=False)[0]
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_does_not(splits):
@@ -133,7 +133,7 @@ def test_every_example_counts_once_whatever_the_batch_size(splits, mirrored, bat
     load = image_loader(model.backbone.preprocess, 255)
     images = np.stack([load(path, tf.constant([0, 0])).numpy() for path in splits.train["path"].to_pylist()])
     expected = model(images, training=False).numpy()
-    batches = dataset(splits.train, load, batch_size=batch_size, epoch=3, training=True)
+    batches = dataset(splits.train, load, class_count=3, batch_size=batch_size, epoch=3, training=True)
     logits = training.predict_logits(training.make_predict_step(model, mirrored), mirrored, batches, len(images))
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     rows = np.concatenate([rows for _, _, _, rows in batches.as_numpy_iterator()])
@@ -147,14 +147,19 @@ def test_the_loss_is_kerass_with_label_smoothing():
     import keras
 
     random = np.random.default_rng(0)
-    labels, logits = random.integers(0, 5, 20).astype("int32"), random.normal(size=(20, 5)).astype("float32")
-    for smoothing in (0.0, 0.1):
-        reference = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=smoothing, reduction=None)
-        expected = reference(np.eye(5, dtype="float32")[labels], logits)
-        np.testing.assert_allclose(training.cross_entropy(labels, logits, smoothing), expected, rtol=1e-5)
-    loss, accuracy = training.mean_loss_and_accuracy(labels, logits)
-    assert loss == pytest.approx(float(tf.reduce_mean(training.cross_entropy(labels, logits))), rel=1e-5)
-    assert accuracy == np.mean(logits.argmax(axis=1) == labels)
+    labels, logits = random.integers(0, 5, 20), random.normal(size=(20, 5)).astype("float32")
+    targets = {False: np.eye(5, dtype="float32")[labels], True: random.integers(0, 2, (20, 5)).astype("float32")}
+    kinds = {False: keras.losses.CategoricalCrossentropy, True: keras.losses.BinaryCrossentropy}
+    for multi_label, kind in kinds.items():
+        for smoothing in (0.0, 0.1):
+            reference = kind(from_logits=True, label_smoothing=smoothing, reduction=None)
+            losses = training.cross_entropy(targets[multi_label], logits, multi_label, smoothing)
+            np.testing.assert_allclose(losses, reference(targets[multi_label], logits), rtol=1e-5)
+        loss, accuracy = training.mean_loss_and_accuracy(targets[multi_label], logits, multi_label)
+        losses = training.cross_entropy(targets[multi_label], logits, multi_label)
+        assert loss == pytest.approx(float(tf.reduce_mean(losses)), rel=1e-5)
+        right = (logits > 0) == (targets[True] > 0) if multi_label else logits.argmax(axis=1) == labels
+        assert accuracy == pytest.approx(np.mean(right))
 
 
 def test_balanced_class_weights(splits):
