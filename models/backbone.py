@@ -8,6 +8,9 @@ import pathlib
 
 import keras
 
+from models import hubs
+from models.applications import load_application
+from models.layouts import folder_layout
 from models.names import check_backbone_name
 
 
@@ -16,7 +19,7 @@ class ImagePreprocess:
     """How decoded pixels become encoder input; the values are the checkpoint's own, not ours.
 
     Steps, in this order: central crop, resize to `image_size`, then `(pixel - mean) / deviation`
-    on RGB pixels in 0 to 255.
+    on RGB pixels in 0 to 255, then the channels in the order that the encoder wants.
     """
 
     image_size: tuple[int, int]  # height, width in pixels
@@ -26,6 +29,7 @@ class ImagePreprocess:
     antialias: bool = False
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # per channel, 0 to 255
     deviation: tuple[float, float, float] = (1.0, 1.0, 1.0)  # per channel, 0 to 255
+    channel_order: str = "rgb"  # "rgb" or "bgr"; mean and deviation are in RGB order either way
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +48,7 @@ POOLINGS = {
     "average": lambda features: keras.ops.mean(features, axis=(1, 2)),  # over height and width
     "token": lambda features: features[:, 0],  # the class token, which comes first
     "tokens": lambda features: keras.ops.mean(features, axis=1),  # over all tokens
+    "none": lambda features: features,  # one vector per example already
 }
 
 
@@ -53,7 +58,7 @@ class Backbone:
 
     name: str
     encoder: keras.Model  # flat functional graph: preprocessed input -> features
-    preprocess: ImagePreprocess
+    preprocess: ImagePreprocess | None  # None: text goes in as it is
     blocks: list[Block]  # bottom to top; block 0 holds the stem, the last one what follows the last unit
     feature_size: int  # width of the pooled features
     pooling: str = "average"  # a key of POOLINGS: how features become one vector per example
@@ -91,7 +96,10 @@ def load_backbone(name: str) -> Backbone:
     """Load a pretrained backbone.
 
     Args:
-        name: an offline name (`efficientnet_lite0`), or a folder that holds a KerasHub preset.
+        name: an offline name (`efficientnet_lite0`); a built-in name of KerasHub (`resnet_50_imagenet`);
+            `hf://user/model` or `hf://user/model@revision`; `kaggle://user/model/keras/variation`;
+            `applications:ResNet50V2` or `applications:ResNet50V2:FILE`; `tfhub:URL` or `tfhub:FOLDER`;
+            a folder that holds a KerasHub preset, or a Hugging Face or timm model.
 
     Raises:
         GraftError: nothing by that name; says what was looked for and which offline names exist.
@@ -101,6 +109,23 @@ def load_backbone(name: str) -> Backbone:
 
         return load_efficientnet_lite0()
     check_backbone_name(name)
-    from models.kerashub import load_preset_folder  # keras_hub takes seconds to import
+    if name.startswith("applications:"):
+        return load_application(name)
+    if name.startswith("tfhub:"):
+        from models.tfhub import load_hub_module
 
-    return load_preset_folder(pathlib.Path(name))
+        return load_hub_module(name.removeprefix("tfhub:"))
+    is_folder = not name.startswith(("hf://", "kaggle://")) and pathlib.Path(name).is_dir()
+    folder = pathlib.Path(name) if is_folder else hubs.fetch_hub(name)
+    if folder_layout(folder) == "kerashub":
+        from models.kerashub import load_preset_folder  # keras_hub takes seconds to import
+
+        backbone = load_preset_folder(folder)
+    else:
+        from models.huggingface import load_huggingface_folder
+
+        backbone = load_huggingface_folder(folder)
+    if not is_folder:  # there the folder's own name is a version's number or a commit
+        backbone.source |= hubs.hub_source(name)
+        backbone.name = backbone.source["preset"]
+    return backbone

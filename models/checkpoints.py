@@ -1,4 +1,4 @@
-"""PyTorch checkpoints read without PyTorch, and without executing anything that is in them.
+"""PyTorch checkpoints read without PyTorch, and without executing anything that is in them; safetensors.
 
 A checkpoint is a pickle, and a pickle may name any Python function and call it. The reader here knows
 the dozen names that a plain state dict needs and refuses every other one. The two file formats are
@@ -9,8 +9,11 @@ archive since then. Source of both: `torch/serialization.py` of PyTorch 2.13.
 from __future__ import annotations
 
 import collections
+import hashlib
 import io
 import math
+import os
+import pathlib
 import pickle
 import struct
 import zipfile
@@ -18,8 +21,10 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+import safetensors
+import safetensors.numpy
 
-from models import GraftError
+from models import GraftError, offline
 
 MAGIC_NUMBER = 0x1950A86A20F9469CFC6C
 PROTOCOL_VERSION = 1001
@@ -72,6 +77,64 @@ def read_torch(path) -> dict[str, np.ndarray]:
         raise GraftError(
             f"{path}: not a whole PyTorch checkpoint ({type(error).__name__}: {error}); copy or download it again"
         ) from error
+
+
+def read_safetensors(path) -> dict[str, np.ndarray]:
+    """Reads a safetensors file into {name: array}; bfloat16 arrives as `ml_dtypes.bfloat16`.
+
+    Raises GraftError where the file is missing, damaged or no safetensors file.
+    """
+    try:
+        return safetensors.numpy.load_file(path)
+    except OSError as error:
+        raise GraftError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise GraftError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from None
+
+
+def torch_to_safetensors(path, target) -> dict:
+    """Writes a PyTorch checkpoint as a safetensors file, values and types as they are; tied tensors are written out.
+
+    The file is whole or absent, whenever the process is killed.
+
+    Returns:
+        `file` and `sha256` of the checkpoint, and `tensors`, how many there are.
+
+    Raises GraftError as `read_torch` does, and where the target cannot be written.
+    """
+    path, target = pathlib.Path(path), pathlib.Path(target)
+    state = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in read_torch(path).items()}
+    info = {"file": path.name, "sha256": file_sha256(path), "tensors": len(state)}
+    temporary = target.with_name(f".tmp-{os.getpid()}-{target.name}")
+    try:
+        safetensors.numpy.save_file(state, temporary, {"source": path.name, "sha256": info["sha256"]})
+        temporary.replace(target)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise GraftError(f"{target}: cannot be written: {error}") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+    return info
+
+
+def cached_safetensors(path) -> pathlib.Path:
+    """The safetensors file of a PyTorch checkpoint: converted into the cache once, found there by SHA-256 later.
+
+    Raises GraftError as `torch_to_safetensors` does, and where the cache cannot be written.
+    """
+    folder = offline.cache_folder() / "converted" / file_sha256(path)[:16]
+    if not folder.is_dir():
+        with offline.whole_or_nothing(folder) as temporary:
+            torch_to_safetensors(path, temporary / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def file_sha256(path) -> str:
+    """SHA-256 of a file, hexadecimal. Raises GraftError where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise GraftError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def _read(file) -> dict[str, np.ndarray]:

@@ -130,9 +130,10 @@ def resize_image(image, preprocess: ImagePreprocess):
 
 
 def scale_image(image, preprocess: ImagePreprocess):
-    """Pixels [..., 3] in 0 to 255 -> (pixel - mean) / deviation, float32."""
+    """RGB pixels [..., 3] in 0 to 255 -> (pixel - mean) / deviation in `channel_order`, float32."""
     mean, deviation = np.float32(preprocess.mean), np.float32(preprocess.deviation)
-    return (tf.cast(image, tf.float32) - mean) / deviation
+    scaled = (tf.cast(image, tf.float32) - mean) / deviation
+    return scaled[..., ::-1] if preprocess.channel_order == "bgr" else scaled
 
 
 def decode_images(data, preprocess: ImagePreprocess, white_level: int = 255):

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 
+import h5py
 import keras
 import keras_hub
+import numpy as np
 
 from models import GraftError
-from models.backbone import Backbone, Block, ImagePreprocess
+from models.backbone import Backbone, ImagePreprocess
+from models.blocks import BLOCK_PATTERNS, find_blocks
+from models.checkpoints import file_sha256
+from models.hubs import weight_files
+from models.layouts import licence, read_config, read_json
 
 
 def load_preset_folder(folder: pathlib.Path) -> Backbone:
     """Load a KerasHub preset (config.json, weights, image_converter.json) from a folder.
 
+    Any image architecture of KerasHub will do whose graph can be cut into blocks: by the names of its
+    units where BLOCK_PATTERNS knows them, otherwise by the graph's shape.
+
     Raises:
-        GraftError: damaged or foreign folder, or an architecture whose blocks Graft does not know.
+        GraftError: damaged folder, no single feature map as output, or units that are hidden inside one layer.
     """
-    class_name = _read_json(folder / "config.json").get("class_name", "?")
-    if class_name not in BLOCK_PATTERNS:
-        raise GraftError(
-            f"Preset {folder} holds a {class_name}; Graft knows the blocks of {', '.join(BLOCK_PATTERNS)}. "
-            f"Use a preset of one of these."
-        )
+    folder = folder.absolute()  # KerasHub takes a relative path for a built-in name where it is called like one
+    config = read_config(folder)
+    class_name = config.get("class_name", "?")
     try:
         encoder = keras_hub.models.Backbone.from_preset(str(folder))
     except Exception as error:  # KerasHub raises many kinds, h5py and JSON errors among them
@@ -32,43 +37,63 @@ def load_preset_folder(folder: pathlib.Path) -> Backbone:
             f"Preset {folder} ({class_name}) could not be loaded: {error}. It must be a folder written by "
             f"`backbone.save_to_preset(folder)` with a KerasHub not newer than {keras_hub.__version__}."
         ) from error
-    pooling = "average"
+    files = weight_files(folder)
+    pooling = _pooling_of(folder, encoder)
     if class_name == "ViTBackbone":
-        pooling = "token" if encoder.use_class_token else "tokens"
         encoder = flat_vit(encoder)
     return Backbone(
         name=folder.name,
         encoder=encoder,
         preprocess=image_preprocess(folder, encoder),
-        blocks=blocks_by_name(encoder, BLOCK_PATTERNS[class_name]),
+        blocks=find_blocks(encoder, BLOCK_PATTERNS.get(class_name)),
         feature_size=int(encoder.output_shape[-1]),
         pooling=pooling,
-        source={"preset": folder.name, "architecture": class_name},
+        source_head=read_source_head(folder, pooling, int(encoder.output_shape[-1])),
+        source={
+            "folder": folder.name,
+            "architecture": class_name,
+            "file": ", ".join(file.name for file in files),
+            "sha256": ", ".join(file_sha256(file) for file in files),
+            "licence": licence(folder, config),
+        },
     )
 
 
-# How each architecture names its units, matched against "LayerClass layer_name": the pattern's first
-# group is the block's name. Layers that match nothing belong to the block before them, so the stem comes
-# first and the top stays on top. MobileNet numbers its top convolution as if it were one more unit, and
-# only the class of the layer tells them apart.
-BLOCK_PATTERNS = {
-    "EfficientNetBackbone": r" (block\d+[a-z]+)_",
-    "MobileNetBackbone": r"^(?:DepthwiseConvBlock|InvertedResidualBlock) (block_\d+_\d+)$",
-    "ResNetBackbone": r" (stack\d+_block\d+)_",
-    "ViTBackbone": r" (transformer_block_\d+)$",
-}
+def _pooling_of(folder: pathlib.Path, encoder: keras.Model) -> str:
+    """The pooling that fits the encoder's output: maps by average, tokens by the class token where it has one."""
+    shape = encoder.output_shape
+    rank = len(shape) if isinstance(shape, tuple) and all(not isinstance(side, tuple) for side in shape) else 0
+    if rank not in (3, 4):
+        raise GraftError(
+            f"Preset {folder} ({type(encoder).__name__}) gives {shape}, expected one feature map [batch, height, "
+            f"width, d] or tokens [batch, tokens, d]. Graft classifies by pooled features, so use another backbone."
+        )
+    if rank == 4:
+        return "average"
+    return "token" if getattr(encoder, "use_class_token", False) else "tokens"
 
 
-def blocks_by_name(encoder: keras.Model, pattern: str) -> list[Block]:
-    """Cut a functional encoder into ordered blocks by its layers' classes and names; block 0 is the stem."""
-    blocks = {"stem": []}
-    current = "stem"
-    for layer in encoder.layers:
-        match = re.search(pattern, f"{type(layer).__name__} {layer.name}")
-        if match:
-            current = match.group(1)
-        blocks.setdefault(current, []).append(layer)
-    return [Block(name, tuple(layers)) for name, layers in blocks.items()]
+def read_source_head(folder: pathlib.Path, pooling: str, feature_size: int) -> tuple | None:
+    """The preset's own classifier, (kernel [feature_size, n], bias [n]), from task.json and task.weights.h5.
+
+    None where there is none, or it is more than one Dense layer on features pooled as Graft pools them.
+    """
+    if not (folder / "task.json").is_file() or not (folder / "task.weights.h5").is_file():
+        return None
+    config = read_json(folder / "task.json").get("config", {})
+    if config.get("pooling") != {"average": "avg", "token": "token"}.get(pooling) or config.get("intermediate_dim"):
+        return None
+    try:
+        with h5py.File(folder / "task.weights.h5") as file:
+            dense = [name for name in file["layers"] if re.fullmatch(r"dense(_\d+)?", name)]
+            if len(dense) != 1:
+                return None
+            variables = file["layers"][dense[0]]["vars"]
+            head = tuple(np.array(variables[name]) for name in sorted(variables))
+    except (OSError, KeyError) as error:
+        raise GraftError(f"{folder / 'task.weights.h5'} could not be read: {error}. Copy or fetch it again.") from error
+    fits = len(head) == 2 and head[0].ndim == 2 and len(head[0]) == feature_size and head[1].shape == head[0].shape[1:]
+    return head if fits else None
 
 
 def flat_vit(vit: keras.Model) -> keras.Model:
@@ -128,10 +153,3 @@ def _per_channel(value, default: float) -> tuple[float, float, float]:
     if value is None:
         value = default
     return tuple(float(v) for v in value) if isinstance(value, (list, tuple)) else (float(value),) * 3
-
-
-def _read_json(path: pathlib.Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise GraftError(f"{path} could not be read as JSON: {error}. The preset folder is damaged.") from error

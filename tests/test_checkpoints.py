@@ -8,9 +8,18 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors
 
 from models import GraftError
-from models.checkpoints import MAGIC_NUMBER, PROTOCOL_VERSION, read_torch
+from models.checkpoints import (
+    MAGIC_NUMBER,
+    PROTOCOL_VERSION,
+    cached_safetensors,
+    file_sha256,
+    read_safetensors,
+    read_torch,
+    torch_to_safetensors,
+)
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "torch"
 
@@ -170,3 +179,63 @@ def test_a_pickle_cannot_reach_into_the_reader(tmp_path):
     with pytest.raises(GraftError):
         read_torch(write_zip(tmp_path / "evil.pth", {"a/data.pkl": evil}))
     assert len(read_torch(FIXTURES / "state_dict.zip.pth")) == len(np.load(FIXTURES / "expected.npz"))
+
+
+@pytest.mark.parametrize("form", ["old", "zip"])
+def test_safetensors_hold_what_pytorch_reads(form, tmp_path):
+    """float16, bfloat16, tied, strided, expanded and empty tensors, each with its own type."""
+    source = FIXTURES / f"state_dict.{form}.pth"
+    info = torch_to_safetensors(source, tmp_path / "model.safetensors")
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
+    expected = np.load(FIXTURES / "expected.npz")
+    state = read_safetensors(tmp_path / "model.safetensors")
+    assert set(state) == set(expected)
+    assert info == {"file": source.name, "sha256": file_sha256(source), "tensors": len(expected)}
+    for name, value in expected.items():
+        want_type = ml_dtypes.bfloat16 if name == "bfloat16" else value.dtype
+        assert (state[name].dtype, state[name].shape) == (want_type, value.shape), name
+        np.testing.assert_array_equal(state[name].astype(value.dtype), value, err_msg=name)
+    with safetensors.safe_open(tmp_path / "model.safetensors", "np") as file:
+        assert file.metadata() == {"source": source.name, "sha256": info["sha256"]}
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(GraftError, match="tries to run code"):
+        torch_to_safetensors(FIXTURES / "malicious.zip.pth", tmp_path / "model.safetensors")
+    with pytest.raises(GraftError, match="tries to run code"):
+        cached_safetensors(FIXTURES / "malicious.zip.pth")
+    with pytest.raises(GraftError, match=r"absent\.bin: cannot be read: No such file"):
+        cached_safetensors(tmp_path / "absent.bin")
+    with pytest.raises(GraftError, match=r"model\.safetensors: cannot be written"):
+        torch_to_safetensors(FIXTURES / "state_dict.zip.pth", tmp_path / "absent" / "model.safetensors")
+    assert [path.name for path in tmp_path.rglob("*")] == ["cache", "converted"]
+
+
+def test_a_full_disk_leaves_no_half_conversion(small_disk, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(small_disk))
+    (small_disk / "filler").write_bytes(bytes(1 << 20))  # to the last page; folders still fit
+    with pytest.raises(GraftError, match="cannot be (written|made)"):
+        cached_safetensors(FIXTURES / "state_dict.zip.pth")
+    assert not [path for path in (small_disk / "converted").rglob("*") if path.is_file()]
+
+
+def test_the_cache_finds_a_checkpoint_by_its_content(tmp_path, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+    first = cached_safetensors(FIXTURES / "state_dict.zip.pth")
+    copy = tmp_path / "other_name.bin"
+    copy.write_bytes((FIXTURES / "state_dict.zip.pth").read_bytes())
+    assert cached_safetensors(copy) == first
+    assert cached_safetensors(FIXTURES / "nested.zip.pth") != first
+
+
+def test_a_safetensors_file_cut_off_anywhere_is_refused(tmp_path):
+    torch_to_safetensors(FIXTURES / "state_dict.zip.pth", tmp_path / "whole.safetensors")
+    whole = (tmp_path / "whole.safetensors").read_bytes()
+    cut = tmp_path / "cut.safetensors"
+    for size in [*range(0, len(whole), 101), len(whole) - 1]:
+        cut.write_bytes(whole[:size])
+        with pytest.raises(GraftError, match=r"cut\.safetensors: not a whole safetensors file"):
+            read_safetensors(cut)
+    with pytest.raises(GraftError, match=r"absent\.safetensors: cannot be read: No such file"):
+        read_safetensors(tmp_path / "absent.safetensors")

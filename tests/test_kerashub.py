@@ -1,5 +1,6 @@
 """KerasHub preset folders: the same features, the same preprocessing, ordered blocks."""
 
+import hashlib
 import json
 import shutil
 
@@ -9,9 +10,9 @@ import pytest
 
 from models import GraftError, freezing, inputs
 from models.backbone import load_backbone
+from models.blocks import BLOCK_PATTERNS, blocks_by_name
 from models.classifier import Classifier, run_encoder
-from models.kerashub import BLOCK_PATTERNS, blocks_by_name
-from tests.conftest import tiny_resnet
+from tests.tiny_presets import resnet_backbone, save
 
 # Fixture of each family's preset: block names bottom to top, and layers that top the last unit.
 FAMILIES = {
@@ -45,7 +46,7 @@ def test_blocks_are_the_units_in_order_and_depth_1_thaws_the_top_one(family):
 
 
 def test_resnet_vd_pools_its_shortcut_within_the_unit():
-    encoder = tiny_resnet("bottleneck_block_vd", False)
+    encoder = resnet_backbone("bottleneck_block_vd", False)
     blocks = blocks_by_name(encoder, BLOCK_PATTERNS["ResNetBackbone"])
     assert [block.name for block in blocks] == ["stem", "stack0_block0", "stack1_block0", "stack1_block1"]
     pooled = [block.name for block in blocks for layer in block.layers if "average_pooling" in layer.name]
@@ -115,9 +116,80 @@ def test_a_foreign_or_damaged_folder_says_so(tiny_preset, tmp_path):
     with pytest.raises(GraftError, match=r"damaged \(EfficientNetBackbone\) could not be loaded"):
         load_backbone(str(damaged))
     config = json.loads((damaged / "config.json").read_text())
-    (damaged / "config.json").write_text(json.dumps({**config, "class_name": "BertBackbone"}))
-    with pytest.raises(GraftError, match="holds a BertBackbone; Graft knows the blocks of EfficientNetBackbone"):
+    text_config = {**config, "class_name": "BertBackbone", "config": {"vocabulary_size": 100}}
+    (damaged / "config.json").write_text(json.dumps(text_config))
+    with pytest.raises(GraftError, match="holds a BertBackbone, which is not an image model"):
         load_backbone(str(damaged))
+    (damaged / "config.json").write_text("{")
+    with pytest.raises(GraftError, match="config.json could not be read as JSON"):
+        load_backbone(str(damaged))
+    (damaged / "config.json").rename(damaged / "saved_model.pb")
+    with pytest.raises(GraftError, match=r"is a SavedModel. To use it as a TF-Hub module: tfhub:.*damaged"):
+        load_backbone(str(damaged))
+
+
+def test_a_family_without_a_pattern_is_cut_by_its_graph(tmp_path):
+    encoder = keras_hub.models.DenseNetBackbone([2, 1], growth_rate=4, image_shape=(32, 32, 3))
+    folder = save(tmp_path / "tiny_densenet", encoder, "DenseNetImageConverter")
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    backbone = load_backbone(str(folder))
+    assert [block.name for block in backbone.blocks][:2] == ["stem", "stack1_block1_1_conv"]
+    assert len(backbone.blocks) == 5
+    assert backbone.source == {
+        "folder": "tiny_densenet",
+        "architecture": "DenseNetBackbone",
+        "file": "model.weights.h5",
+        "sha256": hashlib.sha256((folder / "model.weights.h5").read_bytes()).hexdigest(),
+        "licence": "apache-2.0",
+    }
+    model = Classifier(backbone, 2)
+    freezing.unfreeze_top(model, 1)
+    trained = {weight.path.split("/")[0] for weight in backbone.encoder.trainable_weights}
+    assert trained == {"stack2_block1_1_conv", "stack2_block1_2_conv"}
+
+
+@pytest.mark.parametrize("preset", ["tiny_resnet_preset", "tiny_vit_preset"])
+def test_the_presets_own_classifier_is_kept(preset, request, tmp_path):
+    original = request.getfixturevalue(preset)
+    encoder = keras_hub.models.Backbone.from_preset(str(original))
+    converter = keras_hub.layers.ImageConverter.from_preset(str(original))
+    classifier_class = next(
+        kind
+        for kind in (keras_hub.models.ResNetImageClassifier, keras_hub.models.ViTImageClassifier)
+        if kind.backbone_cls is type(encoder)
+    )
+    preprocessor = classifier_class.preprocessor_cls(converter)
+    task = classifier_class(encoder, num_classes=5, preprocessor=preprocessor)
+    task.output_dense.bias.assign(np.arange(5))
+    task.save_to_preset(str(tmp_path / "task"))
+    backbone = load_backbone(str(tmp_path / "task"))
+    kernel, bias = backbone.source_head
+    images = np.random.default_rng(0).normal(size=(2, 32, 32, 3)).astype("float32")
+    features = np.asarray(Classifier(backbone, 2).features(images))
+    np.testing.assert_allclose(features @ kernel + bias, np.asarray(task(images, training=False)), atol=1e-5)
+    config = json.loads((tmp_path / "task" / "task.json").read_text())
+    config["config"]["pooling"] = "max"  # of other features than ours
+    (tmp_path / "task" / "task.json").write_text(json.dumps(config))
+    assert load_backbone(str(tmp_path / "task")).source_head is None
+    assert load_backbone(str(original)).source_head is None
+
+
+def test_an_image_model_that_gives_no_single_feature_map_says_so(tmp_path):
+    encoder = keras_hub.models.HGNetV2Backbone(
+        depths=[1, 1],
+        embedding_size=8,
+        hidden_sizes=[16, 16],
+        stem_channels=[3, 4, 8],
+        hidden_act="relu",
+        use_learnable_affine_block=False,
+        stackwise_stage_filters=[(8, 4, 16, 1, 1, 3), (16, 8, 16, 1, 1, 3)],
+        apply_downsample=[False, True],
+        use_lightweight_conv_block=[False, False],
+        image_shape=(32, 32, 3),
+    )
+    encoder.save_to_preset(str(tmp_path / "hgnet"))
+    with pytest.raises(GraftError, match=r"hgnet \(HGNetV2Backbone\) gives .*, expected one feature map"):
+        load_backbone(str(tmp_path / "hgnet"))
 
 
 @pytest.mark.slow
