@@ -69,8 +69,13 @@ def _set_layer(layer: keras.layers.Layer, trainable: bool, train_batch_norm: boo
     layer.trainable = trainable
     if trainable and not train_batch_norm:
         for sublayer in layer._flatten_layers():
-            if isinstance(sublayer, keras.layers.BatchNormalization):
+            if is_batch_norm(sublayer):
                 sublayer.trainable = False
+
+
+def is_batch_norm(layer: keras.layers.Layer) -> bool:
+    """Whether a layer is a BatchNorm, or holds the variables of one inside a TF-Hub module."""
+    return isinstance(layer, keras.layers.BatchNormalization) or getattr(layer, "holds_batch_norm", False)
 
 
 def trainable_table(model: Classifier, base_rate: float = 0.0, rates: dict[str, float] | None = None) -> list[dict]:
@@ -87,7 +92,7 @@ def trainable_table(model: Classifier, base_rate: float = 0.0, rates: dict[str, 
     rows = []
     for name, layers in [(block.name, block.layers) for block in model.blocks] + [("head", (model.head,))]:
         sublayers = [sub for layer in layers for sub in layer._flatten_layers()]
-        norms = [layer for layer in sublayers if isinstance(layer, keras.layers.BatchNormalization)]
+        norms = [layer for layer in sublayers if is_batch_norm(layer)]
         trainable = [w for layer in layers for w in layer.trainable_weights]
         rows.append(
             {
@@ -111,7 +116,7 @@ def moving_weights(model: Classifier) -> list[keras.Variable]:
         for block in model.blocks
         for layer in block.layers
         for sublayer in layer._flatten_layers()
-        if isinstance(sublayer, keras.layers.BatchNormalization) and sublayer.trainable
+        if is_batch_norm(sublayer) and sublayer.trainable
     ]
     return model.trainable_weights + [weight for norm in thawed for weight in norm.non_trainable_weights]
 
