@@ -94,13 +94,18 @@ def checked(labels, logits, class_names) -> tuple[numpy.ndarray, numpy.ndarray]:
     labels = labels.astype("int64")
     if labels.min() < 0 or labels.max() >= len(class_names):
         raise ValueError(f"labels are {labels.min()} to {labels.max()}; expected 0 to {len(class_names) - 1}")
+    check_finite(logits)
+    return labels, logits
+
+
+def check_finite(logits) -> None:
+    """Raise GraftError where some of the logits [n, classes] are no numbers."""
     broken = int((~numpy.isfinite(logits)).any(axis=1).sum())
     if broken:
         raise GraftError(
-            f"the model's answers for {broken} of {len(labels)} examples are not finite numbers: "
+            f"the model's answers for {broken} of {len(logits)} examples are not finite numbers: "
             "training diverged; train again with a lower learning rate"
         )
-    return labels, logits
 
 
 def softmax_and_cross_entropy(labels, logits) -> tuple[numpy.ndarray, numpy.ndarray]:

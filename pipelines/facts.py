@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import io
 import os
 import pathlib
 import platform
@@ -15,9 +14,6 @@ import numpy as np
 
 from pipelines.config import flat_config
 from pipelines.console import console
-
-SHOWN_MISTAKES = 12
-THUMBNAIL_SIDE = 192  # pixels
 
 
 class Clock:
@@ -57,10 +53,27 @@ def about_run(config, splits, backbone, phases: list[dict], metrics: dict) -> di
     }
 
 
-def metrics_of(splits, logits: dict[str, np.ndarray], config) -> dict:
-    """`pipelines.evaluate.evaluate` for each split that has logits [n, classes]."""
-    from pipelines.evaluate import evaluate
+def metrics_of(splits, logits: dict[str, np.ndarray], thresholds, config) -> dict:
+    """`pipelines.evaluate.evaluate` for each split that has logits [n, classes], or its like for several labels.
 
+    thresholds: [classes] float32 of a multi-label model, else None.
+    """
+    from pipelines.data import targets_of
+    from pipelines.evaluate import evaluate
+    from pipelines.evaluate_multi_label import evaluate_multi_label
+
+    if thresholds is not None:
+        return {
+            name: evaluate_multi_label(
+                targets_of(getattr(splits, name), len(splits.class_names)),
+                values,
+                probabilities_of(values, multi_label=True) >= thresholds,
+                thresholds,
+                splits.class_names,
+                seed=config.training.seed,
+            )
+            for name, values in logits.items()
+        }
     return {
         name: evaluate(
             getattr(splits, name)["label"].to_numpy(),
@@ -74,20 +87,33 @@ def metrics_of(splits, logits: dict[str, np.ndarray], config) -> dict:
     }
 
 
-def add_test_figures(phase: dict, table, logits: np.ndarray) -> None:
-    """Put accuracy, loss and macro F1 on the test set into a phase, and print how the phase ended."""
-    from sklearn.metrics import f1_score
+def add_test_figures(phase: dict, splits, logits: np.ndarray) -> None:
+    """Put figures on the test set (loss, accuracy and what may be the headline) into a phase, and print its end.
+
+    Of several labels, accuracy is the share of right yes-or-nos at a probability of 0.5.
+    """
+    from sklearn import metrics
 
     from pipelines.data import targets_of
     from pipelines.training import mean_loss_and_accuracy
 
-    labels = table["label"].to_numpy()
-    loss, accuracy = mean_loss_and_accuracy(targets_of(table, logits.shape[1]), logits, False)
-    macro_f1 = f1_score(labels, logits.argmax(axis=1), labels=np.unique(labels), average="macro", zero_division=0)
-    phase["test"] = {"accuracy": accuracy, "loss": loss, "macro_f1": float(macro_f1)}
+    targets = targets_of(splits.test, logits.shape[1])
+    loss, accuracy = mean_loss_and_accuracy(targets, logits, splits.multi_label)
+    phase["test"] = {"accuracy": accuracy, "loss": loss}
+    present = np.flatnonzero(targets.any(axis=0))
+    if splits.multi_label:
+        figure = metrics.average_precision_score(targets[:, present], logits[:, present], average="macro")
+        phase["test"]["mean_average_precision"] = float(figure)
+        shown = f"test mean average precision {figure:.3f}"
+    else:
+        figure = metrics.f1_score(
+            targets.argmax(axis=1), logits.argmax(axis=1), labels=present, average="macro", zero_division=0
+        )
+        phase["test"]["macro_f1"] = float(figure)
+        shown = f"test accuracy {accuracy:.3f}"
     console.print(
         f"  {phase['seconds']:.0f} s. Best epoch {phase['best_epoch']} of {phase['epochs']}: "
-        f"validation loss {phase['val_loss']:.3f}, test accuracy {accuracy:.3f}\n"
+        f"validation loss {phase['val_loss']:.3f}, {shown}\n"
     )
 
 
@@ -95,7 +121,8 @@ def print_splits(splits) -> None:
     """How many examples there are of each split, and what the user should know about the data."""
     sizes = split_sizes(splits)
     console.print(
-        f"      {len(splits.class_names)} classes; {sizes['train']:,} to train, {sizes['val']:,} to validate, "
+        f"      {len(splits.class_names)} classes{', several labels per image' if splits.multi_label else ''}; "
+        f"{sizes['train']:,} to train, {sizes['val']:,} to validate, "
         f"{sizes['test']:,} to test"
     )
     for warning in splits.warnings:
@@ -119,6 +146,18 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+def probabilities_of(logits: np.ndarray, multi_label: bool) -> np.ndarray:
+    """[n, classes] logits -> what the exported model gives for them, float32."""
+    from pipelines.evaluate_multi_label import sigmoid
+
+    return sigmoid(logits) if multi_label else softmax(logits)
+
+
+def chosen_labels(class_names: list[str], chosen: np.ndarray) -> str:
+    """The names of the chosen classes [classes] bool, as a manifest writes them: a|b; "" for none."""
+    return "|".join(name for name, is_chosen in zip(class_names, chosen) if is_chosen)
+
+
 def verdicts(phases: list[dict], depth: str) -> list[str]:
     """What one would tell a colleague about the two phases."""
     if len(phases) < 2:
@@ -128,58 +167,14 @@ def verdicts(phases: list[dict], depth: str) -> list[str]:
     )
     if not phases[1]["kept"]:
         return [f"{what} did not improve validation: the weights of the head phase were kept."]
-    head = phases[0]["test"]["accuracy"]
-    gain = 100 * (phases[1]["test"]["accuracy"] - head)
+    metric = "mean_average_precision" if "mean_average_precision" in phases[0]["test"] else "accuracy"
+    head = phases[0]["test"][metric]
+    gain = 100 * (phases[1]["test"][metric] - head)
     if gain > 0:
         return [f"{what} was worth it: {gain:+.1f} points over the head alone ({head:.3f})."]
-    change = f"cost {-gain:.1f} points of test accuracy" if gain < 0 else "left test accuracy as it was"
+    words = metric.replace("_", " ")
+    change = f"cost {-gain:.1f} points of test {words}" if gain < 0 else f"left test {words} as it was"
     return [f"{what} lowered the validation loss, yet {change} (head alone: {head:.3f})."]
-
-
-def worst_mistakes(table, probabilities, class_names, white_level: int, report_inputs: str) -> list[dict]:
-    """The examples that were most confidently wrong, worst first.
-
-    Args:
-        table: the examples, with columns id, path and label.
-        probabilities: [n, classes] float32.
-        report_inputs: "all" for pictures, "none" for ids only: data that must not leave the machine.
-    """
-    with_pictures = report_inputs == "all"
-    labels, paths, ids = table["label"].to_numpy(), table["path"].to_pylist(), table["id"].to_pylist()
-    predicted = probabilities.argmax(axis=1)
-    true_probability = probabilities[np.arange(len(labels)), labels]
-    wrong = [i for i in np.argsort(true_probability, kind="stable") if predicted[i] != labels[i]][:SHOWN_MISTAKES]
-    return [
-        {
-            "id": ids[i],
-            "path": paths[i] if with_pictures else None,
-            "true": class_names[labels[i]],
-            "predicted": class_names[predicted[i]],
-            "probability": float(probabilities[i].max()),
-            "true_probability": float(true_probability[i]),
-            "picture": thumbnail(paths[i], white_level) if with_pictures else None,
-        }
-        for i in wrong
-    ]
-
-
-def thumbnail(path: str, white_level: int) -> bytes:
-    """An image file as a JPEG whose longer side is THUMBNAIL_SIDE pixels; small images are enlarged without blur."""
-    from PIL import Image  # for the report's pictures only: the model's input comes from models/inputs.py
-
-    with Image.open(path) as image:
-        if image.mode.startswith("I"):  # 16-bit grey
-            grey = np.clip(np.asarray(image, np.float32) / white_level, 0, 1) * 255
-            image = Image.fromarray(grey.astype(np.uint8))
-        rgba = image.convert("RGBA")
-    picture = Image.new("RGB", rgba.size, "white")
-    picture.paste(rgba, mask=rgba.getchannel("A"))
-    scale = THUMBNAIL_SIDE / max(picture.size)
-    size = tuple(max(1, round(side * scale)) for side in picture.size)
-    picture = picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=85)
-    return buffer.getvalue()
 
 
 def split_sizes(splits) -> dict[str, int]:
@@ -187,9 +182,10 @@ def split_sizes(splits) -> dict[str, int]:
 
 
 def class_counts(splits) -> dict[str, list[int]]:
-    classes = len(splits.class_names)
+    from pipelines.data import targets_of
+
     return {
-        name: np.bincount(table["label"].to_numpy(), minlength=classes).tolist()
+        name: targets_of(table, len(splits.class_names)).sum(axis=0).astype(int).tolist()
         for name, table in zip(("train", "val", "test"), splits)
     }
 
@@ -233,10 +229,10 @@ def changed_flags(config) -> list[str]:
 
 def machine_metrics(facts: dict) -> dict:
     """metrics.json: figures without pictures; two equal runs differ in `seconds` and `created` only."""
-    kept = ("kind", "created", "class_names", "examples", "class_counts", "verdicts", "warnings")
+    kept = ("kind", "created", "class_names", "thresholds", "examples", "class_counts", "verdicts", "warnings")
     settings = {name: value for name, value in facts["settings"].items() if name != "out"}
     return {
-        **{name: facts[name] for name in kept},
+        **{name: facts[name] for name in kept if name in facts},
         "test": facts["metrics"]["test"],
         "val": facts["metrics"]["val"],
         "phases": facts["phases"],

@@ -21,7 +21,9 @@ from models.names import check_backbone_name, check_depth, known_blocks
 from pipelines import facts, runs
 from pipelines.config import ImageConfig, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
-from pipelines.data import drop_small_classes, find_images, image_loader, load_images
+from pipelines.data import drop_small_classes, find_images, image_loader, is_multi_label, load_images, targets_of
+from pipelines.evaluate_multi_label import choose_thresholds
+from pipelines.mistakes import worst_mistakes
 
 VERIFIED_FILES = 200  # most test files whose served answers are compared with training's
 RUN_BYTES = 150_000_000  # free disk that a run of a small backbone needs: two checkpoints, export, report, logs
@@ -51,7 +53,7 @@ def run(config: ImageConfig) -> pathlib.Path:
     clock.lap("data")
 
     with strategy.scope():
-        model = build_model(config, splits.class_names)
+        model = build_model(config, splits.class_names, splits.multi_label)
     clock.lap("backbone")
 
     def loader(augmentation):
@@ -61,7 +63,7 @@ def run(config: ImageConfig) -> pathlib.Path:
 
     def test_phase(phase):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
-        facts.add_test_figures(phase, splits.test, logits_of(splits.test))
+        facts.add_test_figures(phase, splits, logits_of(splits.test))
 
     with runs.explained(run_dir):
         # Two phases: the head only, then the top blocks too.
@@ -81,20 +83,29 @@ def run(config: ImageConfig) -> pathlib.Path:
 
         # How good it is.
         logits = {"val": logits_of(splits.val), "test": logits_of(splits.test)}
-        metrics = facts.metrics_of(splits, logits, config)
+        thresholds = thresholds_for(splits.val, logits["val"]) if splits.multi_label else None
+        metrics = facts.metrics_of(splits, logits, thresholds, config)
         clock.lap("evaluation")
 
         # A version for TensorFlow Serving, verified before it gets its number.
-        probabilities = facts.softmax(logits["test"])
+        probabilities = facts.probabilities_of(logits["test"], splits.multi_label)
         samples = splits.test["path"].to_pylist()[:VERIFIED_FILES]
-        version, checked = publish(model, splits.class_names, splits.white_level, run_dir, samples, probabilities)
+        version, checked = publish(
+            model, splits.class_names, splits.white_level, run_dir, samples, probabilities, thresholds
+        )
         clock.lap("export and verification")
 
         # The report; metrics.json last: a run that has it is complete.
         gathered = {
             **facts.about_run(config, splits, model.backbone, phases, metrics),
-            "mistakes": facts.worst_mistakes(
-                splits.test, probabilities, splits.class_names, splits.white_level, config.report.report_inputs
+            **({"thresholds": thresholds.tolist()} if splits.multi_label else {}),
+            "mistakes": worst_mistakes(
+                splits.test,
+                probabilities,
+                splits.class_names,
+                splits.white_level,
+                config.report.report_inputs,
+                thresholds,
             ),
             "timings": clock.laps,
             "serving": {"folder": str(version.relative_to(run_dir)), **checked},
@@ -109,7 +120,8 @@ def check_request(config: ImageConfig):
     """What can be checked without TensorFlow; returns the images found and the run folder to make.
 
     Raises:
-        GraftError: an unknown backbone, a depth that it lacks, no usable images, no place for the run.
+        GraftError: an unknown backbone, a depth that it lacks, no usable images, flags that several labels per
+            image do not go with, no place for the run.
     """
     check_backbone_name(config.model.backbone)
     depth, blocks = depth_blocks(config.model.depth), known_blocks(config.model.backbone)
@@ -118,12 +130,30 @@ def check_request(config: ImageConfig):
     options = config.input
     found = find_images(options.data, options.path_column, options.label_column, options.group_column)
     drop_small_classes(found, config.input.min_per_class)
+    if is_multi_label(found):
+        check_multi_label_flags(config)
     run_dir = runs.choose_run_folder(config.run.out, config.input.data)
     runs.check_free_space(run_dir, RUN_BYTES)
     return found, run_dir
 
 
-def build_model(config: ImageConfig, class_names: list[str]):
+def check_multi_label_flags(config: ImageConfig) -> None:
+    """Raise GraftError for what makes sense with one label per image only."""
+    if config.training.class_weights != "none":
+        raise GraftError(
+            f"--class-weights {config.training.class_weights}: --data {config.input.data} has several labels per "
+            f"image, and an image weighs for all its classes at once. Leave the flag out: each class gets its own "
+            f"threshold, so that rare classes are found too."
+        )
+    if config.report.positive:
+        raise GraftError(
+            f"--positive {config.report.positive}: --data {config.input.data} has several labels per image; "
+            f"sensitivity at a specificity needs exactly one of two. Leave the flag out: the per-class table of the "
+            f"report has precision, recall and threshold of every class."
+        )
+
+
+def build_model(config: ImageConfig, class_names: list[str], multi_label: bool = False):
     """The classifier that `config` asks for, with its pretrained backbone; call it inside the strategy's scope."""
     from models.backbone import load_backbone
     from models.classifier import Classifier
@@ -141,14 +171,20 @@ def build_model(config: ImageConfig, class_names: list[str]):
     depth = depth_blocks(config.model.depth)
     if depth:
         check_depth(depth, backbone.name, len(backbone.blocks))
-    return Classifier(backbone, len(class_names), config.model.dropout, config.training.seed)
+    return Classifier(backbone, len(class_names), config.model.dropout, config.training.seed, multi_label)
 
 
-def publish(model, class_names, white_level: int, run_dir: pathlib.Path, sample_paths, probabilities):
+def thresholds_for(val, logits: np.ndarray) -> np.ndarray:
+    """The threshold of each class, [classes] float32, that suits the validation set of a multi-label model best."""
+    return choose_thresholds(targets_of(val, logits.shape[1]), facts.probabilities_of(logits, multi_label=True))
+
+
+def publish(model, class_names, white_level: int, run_dir: pathlib.Path, sample_paths, probabilities, thresholds=None):
     """Export to RUN/serving/NAME/NUMBER, verified on sample files before it gets its number.
 
     Args:
         sample_paths: files; the first rows of `probabilities` [n, classes] are training's answers for them.
+        thresholds: [classes] float32, of a multi-label model.
 
     Returns:
         The version's folder, and what was checked.
@@ -168,6 +204,7 @@ def publish(model, class_names, white_level: int, run_dir: pathlib.Path, sample_
             folder,
             white_level=white_level,
             details={"backbone": backbone.name, "source": backbone.source},
+            thresholds=thresholds,
         )
 
     def check(folder):
@@ -208,25 +245,43 @@ def export_run(argv: list[str]) -> int:
 
     from pipelines.training import predictor
 
-    model = build_model(config, state["class_names"])
+    class_names, multi_label = state["class_names"], state.get("multi_label", False)
+    model = build_model(config, class_names, multi_label)
     model.load_weights(checkpoint)
-    table = runs.read_split(run_dir, "test", VERIFIED_FILES)
-    probabilities = np.zeros((0, len(state["class_names"])), np.float32)
-    if table.num_rows:
-        load = image_loader(model.backbone.preprocess, state["white_level"])
-        logits_of = predictor(model, tf.distribute.get_strategy(), load, config.training.batch_size)
-        probabilities = facts.softmax(logits_of(table))
+    load = image_loader(model.backbone.preprocess, state["white_level"])
+    predict = predictor(model, tf.distribute.get_strategy(), load, config.training.batch_size)
+
+    def logits_of(table):
+        return predict(table) if table.num_rows else np.zeros((0, len(class_names)), np.float32)
+
+    table = runs.read_split(run_dir, "test", VERIFIED_FILES, multi_label)
+    probabilities = facts.probabilities_of(logits_of(table), multi_label)
+    thresholds = thresholds_of_run(run_dir, logits_of) if multi_label else None
     with runs.explained(run_dir):
         version, checked = publish(
             model,
-            state["class_names"],
+            class_names,
             state["white_level"],
             run_dir,
             table["path"].to_pylist(),
             probabilities,
+            thresholds,
         )
     console.print(f"Exported the weights of {checkpoint.name} to {version}\n{facts.served_line(checked)}")
     return 0
+
+
+def thresholds_of_run(run_dir: pathlib.Path, logits_of) -> np.ndarray:
+    """The thresholds of a multi-label run: those it ended with; of a stopped run chosen on its validation images."""
+    if (run_dir / "metrics.json").is_file():
+        return np.array(json.loads((run_dir / "metrics.json").read_text())["thresholds"], np.float32)
+    val = runs.read_split(run_dir, "val", multi_label=True)
+    if not val.num_rows:
+        raise GraftError(
+            f"{run_dir}: thresholds are chosen on the validation images, and all of those that splits.csv lists "
+            f"are gone or changed. Put them back, or train again."
+        )
+    return thresholds_for(val, logits_of(val))
 
 
 if __name__ == "__main__":

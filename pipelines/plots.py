@@ -75,8 +75,11 @@ def learning_curve(phases, figure_name) -> str:
         return svg(figure, figure_name, f"{figure_name} per epoch, training and validation")
 
 
-def reliability_plot(bins) -> str:
-    """Accuracy against confidence per bin, above the share of answers in each bin, as SVG."""
+def reliability_plot(bins, multi_label: bool = False) -> str:
+    """Accuracy against confidence per bin, above the share of answers in each bin, as SVG.
+
+    With `multi_label` an answer is a class's probability for one example, and right where the class is there.
+    """
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
@@ -93,10 +96,14 @@ def reliability_plot(bins) -> str:
         axes.scatter(confidence, accuracy, s=sizes, color=BLUE, zorder=3, clip_on=False)
         axes.annotate("too cautious", (0.04, 0.95), color=MUTED, va="top")
         axes.annotate("too sure", (0.98, 0.05), color=MUTED, ha="right")
-        axes.set(xlim=(0, 1.02), ylim=(0, 1.02), ylabel="share that was right")
+        axes.set(
+            xlim=(0, 1.02), ylim=(0, 1.02), ylabel="share that had the class" if multi_label else "share that was right"
+        )
         below.bar([row["lower"] for row in bins], [row["count"] / total for row in bins], align="edge",
                   width=[0.9 * (row["upper"] - row["lower"]) for row in bins], color=BLUE)  # fmt: skip
-        below.set(xlabel="how sure the model said it was", ylabel="answers")
+        below.set(
+            xlabel="probability of a class" if multi_label else "how sure the model said it was", ylabel="answers"
+        )
         for axis in (axes.xaxis, axes.yaxis, below.yaxis):
             axis.set_major_formatter(PercentFormatter(1, decimals=0))
         return svg(figure, "reliability", "Accuracy against confidence")

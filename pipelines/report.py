@@ -39,6 +39,13 @@ DATA_TITLES = {
     "exif_rotated": "Pictures with an EXIF rotation, which is ignored",
 }
 METRICS = (  # key, title, is a share shown in percent, what it says
+    (
+        "mean_average_precision",
+        "Mean average precision",
+        False,
+        "Area under the precision-recall curve, a mean over classes; 1 is perfect.",
+    ),
+    ("micro_f1", "Micro F1", False, "Balance of precision and recall over all decisions alike; 1 is perfect."),
     ("accuracy", "Accuracy", True, "Share of right answers."),
     ("top_5_accuracy", "Top-5 accuracy", True, "Share where the truth is among the five likeliest answers."),
     (
@@ -48,6 +55,7 @@ METRICS = (  # key, title, is a share shown in percent, what it says
         "Share of each class that was found, a mean over classes.",
     ),
     ("macro_f1", "Macro F1", False, "Balance of precision and recall, a mean over classes; 1 is perfect."),
+    ("subset_accuracy", "Wholly right", True, "Share with exactly the right labels, none missing, none too many."),
     ("auroc", "AUROC", False, "Chance that a member of a class outranks a non-member; 0.5 is a coin toss."),
     ("average_precision", "Average precision", False, "Area under the precision-recall curve; 1 is perfect."),
     ("loss", "Loss", False, "Mean cross-entropy in nats; punishes being sure and wrong; 0 is perfect."),
@@ -59,9 +67,10 @@ def write_report(run_dir, facts) -> pathlib.Path:
     """Write report.html into the folder `run_dir`, whole or not at all, and return its path.
 
     facts: a plain dict. Needed: title, kind, class_names and metrics ({"test" and / or "val": the dict of
-    pipelines.evaluate.evaluate}). Every other key adds a section or a line where it is given and not empty:
-    created, command, verdicts, warnings, examples, class_counts, phases, mistakes, settings, backbone,
-    data, timings, serving, versions, machine. Raises OSError where the page cannot be written.
+    pipelines.evaluate.evaluate or of pipelines.evaluate_multi_label}). Every other key adds a section or a
+    line where it is given and not empty: created, command, verdicts, warnings, examples, class_counts, phases,
+    mistakes, settings, backbone, data, timings, serving, versions, machine. Raises OSError where the page cannot
+    be written.
     """
     target = pathlib.Path(run_dir) / "report.html"
     # A path may hold bytes that are not UTF-8, which Python keeps as lone surrogates.
@@ -82,20 +91,28 @@ def render(facts, run_dir=".") -> str:
     figures = facts["metrics"][split]
     phases = [phase for phase in facts.get("phases") or [] if phase["history"]]
     curves = [key for key in ("loss", "accuracy") if any(key in phase["history"][0] for phase in phases)]
+    multi_label = "confusion" not in figures
+    confusion = {}  # of one label only: of several, none is taken for another
+    if not multi_label:
+        classes = len(figures["confusion"])
+        confusion = {
+            "pairs": confused_pairs(figures, 15 if classes > MATRIX_FIRST_TO else 8),
+            "matrix": confusion_matrix(figures) if classes <= MATRIX_CLASSES else None,
+            "matrix_first": classes <= MATRIX_FIRST_TO,
+        }
     return environment.from_string(TEMPLATE.read_text("utf-8")).render(
+        **confusion,
         facts=facts,
         figures=figures,
+        multi_label=multi_label,
         split={"test": "test", "val": "validation"}[split],
         validation=facts["metrics"].get("val") if split == "test" else None,
         noun=NOUNS.get(facts["kind"], "examples"),
         metrics=[metric for metric in METRICS if figures.get(metric[0]) is not None],
         yardstick=yardstick(figures, facts.get("phases") or []),
         curves=[plots.learning_curve(phases, key) for key in curves],
-        reliability=plots.reliability_plot(figures["reliability"]),
+        reliability=plots.reliability_plot(figures["reliability"], multi_label),
         sureness=sureness(figures["reliability"]),
-        pairs=confused_pairs(figures, 15 if len(figures["confusion"]) > MATRIX_FIRST_TO else 8),
-        matrix=confusion_matrix(figures) if len(figures["confusion"]) <= MATRIX_CLASSES else None,
-        matrix_first=len(figures["confusion"]) <= MATRIX_FIRST_TO,
         classes=class_rows(figures, facts.get("class_counts") or {}),
         classes_shown=CLASSES_SHOWN,
         blocks=block_rows(facts.get("phases") or []),
@@ -106,10 +123,13 @@ def render(facts, run_dir=".") -> str:
 
 
 def yardstick(figures, phases) -> list[dict]:
-    """Bars that put the headline into proportion: always the largest class, earlier phases, this model."""
+    """Bars that put the headline into proportion: an answer without looking, earlier phases, this model."""
     headline = figures["headline"]
     metric, low, high = headline["metric"], *headline["interval"]
-    rows = [{"before": "Always ", "name": headline["majority_class"], "value": headline["majority_value"]}]
+    if "chance_value" in headline:
+        rows = [{"name": "Guessing by how common classes are", "value": headline["chance_value"]}]
+    else:
+        rows = [{"before": "Always ", "name": headline["majority_class"], "value": headline["majority_value"]}]
     kept = [phase for phase in phases if phase["kept"]]
     for phase in phases:
         value = (phase.get("test") or {}).get(metric)
@@ -150,7 +170,11 @@ def confusion_matrix(figures) -> list[dict]:
 
 
 def class_rows(figures, class_counts) -> list[dict]:
-    """The per-class table, worst F1 first, classes without examples last."""
+    """The per-class table, worst first, untested classes last: by F1, with several labels by average precision."""
+    train_counts = class_counts.get("train") or [None] * len(figures["per_class"])
+    if "confusion" not in figures:
+        rows = [{**entry, "train": count} for entry, count in zip(figures["per_class"], train_counts)]
+        return sorted(rows, key=lambda row: (row["average_precision"] is None, row["average_precision"] or 0))
     rows = []
     for index, (entry, confused) in enumerate(zip(figures["per_class"], figures["confusion"])):
         wrong = [(cell, -j) for j, cell in enumerate(confused) if cell and j != index]
@@ -158,7 +182,7 @@ def class_rows(figures, class_counts) -> list[dict]:
         rows.append(
             {
                 **entry,
-                "train": class_counts["train"][index] if class_counts.get("train") else None,
+                "train": train_counts[index],
                 "taken_for": figures["per_class"][-taken_for]["name"] if wrong else None,
                 "often": often,
             }

@@ -17,7 +17,7 @@ import pyarrow as pa
 from models import GraftError
 from pipelines.config import config_yaml
 from pipelines.data import content_id
-from pipelines.splits import SPLIT_NAMES
+from pipelines.splits import SPLIT_NAMES, labels_of
 
 CHECKPOINTS = (
     "fine_tune",
@@ -105,13 +105,23 @@ def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
     write_text(run_dir / "config.yaml", config_yaml(config))
     write_csv(run_dir / "skipped.csv", splits.skipped, ["path", "reason"])
     rows = [
-        {**row, "split": name, "class": splits.class_names[row["label"]], "path": os.path.abspath(row["path"])}
+        {
+            **row,
+            "split": name,
+            "class": "|".join(splits.class_names[label] for label in labels_of(row)),
+            "label": "|".join(str(label) for label in labels_of(row)),
+            "path": os.path.abspath(row["path"]),
+        }
         for name, table in zip(SPLIT_NAMES, splits)
         for row in table.to_pylist()
     ]
     write_csv(run_dir / "splits.csv", rows, ["split", "class", "label", "group", "id", "path"])
     (run_dir / "checkpoints").mkdir(exist_ok=True)
-    state = {"class_names": splits.class_names, "white_level": splits.white_level}
+    state = {
+        "class_names": splits.class_names,
+        "white_level": splits.white_level,
+        "multi_label": splits.multi_label,
+    }
     write_json(run_dir / "checkpoints" / "state.json", state)
 
 
@@ -168,17 +178,20 @@ def find_checkpoint(run_dir: pathlib.Path) -> pathlib.Path | None:
     return None
 
 
-def read_split(run_dir: pathlib.Path, split: str, most: int) -> pa.Table:
+def read_split(run_dir: pathlib.Path, split: str, most: int | None = None, multi_label: bool = False) -> pa.Table:
     """The first rows of one split from the run's splits.csv, without files that are gone or changed since."""
     with open(run_dir / "splits.csv", newline="", encoding="utf-8") as file:
         rows = (row for row in csv.DictReader(file) if row["split"] == split)
         rows = (row for row in rows if os.path.isfile(row["path"]) and content_id(row["path"]) == row["id"])
         rows = list(itertools.islice(rows, most))
+    labels = [[int(label) for label in row["label"].split("|")] for row in rows]
     return pa.table(
         {
             "id": [row["id"] for row in rows],
             "path": [row["path"] for row in rows],
-            "label": pa.array([int(row["label"]) for row in rows], pa.int64()),
+            "label": pa.array(labels, pa.list_(pa.int64()))
+            if multi_label
+            else pa.array([label for (label,) in labels], pa.int64()),
             "weight": pa.array([1.0] * len(rows), pa.float32()),
         }
     )

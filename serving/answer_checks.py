@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from serving.static_checks import CheckFailed
 
 LABELS_FILE = "assets.extra/labels.txt"
+DETAILS_FILE = "assets.extra/graft.json"
 ROW_TOLERANCE = 1e-5  # per largest value of the output or 1: kernels sum in another order for other sizes
 ROWS = 3  # the largest batch of the last step
 BATCH = 16  # samples per call where answers are compared
@@ -18,9 +20,11 @@ BAD_ITEM = b"\xff\x00 no supported input starts like this"
 MADE_SIZE = 48  # for unknown dimensions other than the batch, in made-up inputs
 
 
-def check_answers(session, samples, expected, tolerance, class_names) -> tuple[float, list[bytes]]:
+def check_answers(session, samples, expected, tolerance, class_names, thresholds=None) -> tuple[float, list[bytes]]:
     """Compare serving_default's probabilities with the expected ones; return the largest difference.
 
+    `thresholds` [classes] float32 are those of a multi-label model: what it chooses must fit its probabilities, so
+    that it is what training chooses, but for a probability within `tolerance` of its threshold.
     Also returns up to ROWS samples that have no error, for the next step.
     """
     if not samples:
@@ -30,7 +34,7 @@ def check_answers(session, samples, expected, tolerance, class_names) -> tuple[f
         raise CheckFailed(f"signature serving_default: inputs {inputs}, expected a single one, of strings")
     (name,) = inputs
     batches = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
-    answers = [run_checked(session, "serving_default", {name: batch}, class_names) for batch in batches]
+    answers = [run_checked(session, "serving_default", {name: batch}, class_names, thresholds) for batch in batches]
     if "probabilities" not in answers[0]:
         raise CheckFailed(f"signature serving_default: outputs {sorted(answers[0])}, expected probabilities")
     served = np.concatenate([answer["probabilities"] for answer in answers])
@@ -53,7 +57,7 @@ def check_answers(session, samples, expected, tolerance, class_names) -> tuple[f
     return largest, good[:ROWS]
 
 
-def check_rows(session, signature, samples, class_names) -> float:
+def check_rows(session, signature, samples, class_names, thresholds=None) -> float:
     """Run a signature with 0 to ROWS rows, compare with single rows, return the largest difference.
 
     Where it takes strings, a bad item in the middle must leave its neighbours' rows as they are.
@@ -63,7 +67,7 @@ def check_rows(session, signature, samples, class_names) -> float:
 
     def run(*order):
         chosen = {name: rows[name][list(order)] for name in rows}
-        return run_checked(session, signature, chosen, class_names)
+        return run_checked(session, signature, chosen, class_names, thresholds)
 
     singles = [run(row) for row in range(ROWS)]
     largest = 0.0
@@ -83,8 +87,8 @@ def check_rows(session, signature, samples, class_names) -> float:
     return largest
 
 
-def run_checked(session, signature, inputs, class_names) -> dict:
-    """Run, and check what holds for every answer: rows, text, finite numbers, labels that fit scores."""
+def run_checked(session, signature, inputs, class_names, thresholds) -> dict:
+    """Run, and check what holds for every answer: rows, text, finite numbers, labels and choices that fit scores."""
     outputs = session.run(signature, inputs)
     count = len(next(iter(inputs.values())))
     for name, values in outputs.items():
@@ -98,6 +102,8 @@ def run_checked(session, signature, inputs, class_names) -> dict:
                 check_text(what, value)
     if {"labels", "scores", "probabilities"} <= set(outputs) and class_names:
         check_labels(signature, outputs, class_names)
+    if "probabilities" in outputs and (thresholds is not None or "chosen" in outputs):
+        check_chosen(signature, outputs, thresholds)
     return outputs
 
 
@@ -136,14 +142,37 @@ def check_labels(signature, outputs, class_names) -> None:
             )
 
 
+def check_chosen(signature, outputs, thresholds) -> None:
+    """A class is chosen where its probability reaches its threshold; nothing is for an item with an error."""
+    if thresholds is None or "chosen" not in outputs:
+        raise CheckFailed(
+            f"signature {signature}: {'' if 'chosen' in outputs else 'no '}output chosen, but "
+            f"{'no ' if thresholds is None else ''}thresholds in {DETAILS_FILE}. Expected both, or neither"
+        )
+    probabilities, chosen = outputs["probabilities"], outputs["chosen"]
+    if len(thresholds) != probabilities.shape[1]:
+        raise CheckFailed(
+            f"signature {signature}: probabilities of {probabilities.shape[1]} classes, "
+            f"but {DETAILS_FILE} has {len(thresholds)} thresholds"
+        )
+    good = np.array([not error for error in outputs.get("error", [b""] * len(probabilities))], bool)
+    expected = good[:, None] & (probabilities >= thresholds)
+    if not np.array_equal(chosen, expected):
+        row = int(np.argmax((chosen != expected).any(axis=1)))
+        raise CheckFailed(
+            f"signature {signature}, row {row}: chosen {chosen[row].tolist()} does not fit its probabilities "
+            f"{probabilities[row].tolist()} and the thresholds {thresholds.tolist()} of {DETAILS_FILE}"
+        )
+
+
 def compare_rows(what: str, outputs: dict, singles: list[dict], rows) -> float:
     """Largest difference between rows of a batch and the same rows answered singly.
 
-    Of floats, per largest absolute value or 1; everything else must be equal, but for labels, whose
-    order may turn on the last bit and which `check_labels` has compared with the scores.
+    Of floats, per largest absolute value or 1; everything else must be equal, but for labels and choices,
+    which may turn on the last bit and which `run_checked` has compared with the scores.
     """
     largest = 0.0
-    for name in outputs.keys() - {"labels"}:
+    for name in outputs.keys() - {"labels", "chosen"}:
         for row in rows:
             batched, single = outputs[name][row], singles[row][name][0]
             if np.asarray(batched).dtype.kind == "f":
@@ -190,3 +219,18 @@ def read_class_names(folder) -> list[str]:
     """The lines of labels.txt; none where the model has no such file."""
     file = Path(folder) / LABELS_FILE
     return file.read_text("utf-8").splitlines() if file.is_file() else []
+
+
+def read_thresholds(folder) -> np.ndarray | None:
+    """The thresholds [classes] float32 of a multi-label model; None for any other.
+
+    Raises CheckFailed for a graft.json that cannot be read.
+    """
+    file = Path(folder) / DETAILS_FILE
+    if not file.is_file():
+        return None
+    try:
+        thresholds = json.loads(file.read_text("utf-8")).get("thresholds")
+        return None if thresholds is None else np.array(thresholds, np.float32)
+    except (ValueError, AttributeError, TypeError) as error:
+        raise CheckFailed(f"{file}: cannot be read ({error}). Export the model again") from error

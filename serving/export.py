@@ -17,14 +17,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from models import GraftError
 from models.backbone import ImagePreprocess
 from models.inputs import decode_images, resize_image, scale_image
-from serving.answer_checks import LABELS_FILE
+from serving.answer_checks import DETAILS_FILE, LABELS_FILE
 
-DETAILS_FILE = "assets.extra/graft.json"
 LISTED_CLASSES = 5  # `labels` and `scores` hold the best so many, or all where there are fewer
 
 
@@ -35,6 +35,7 @@ def export_image_classifier(
     folder,
     white_level: int = 255,
     details: dict | None = None,
+    thresholds=None,
 ) -> None:
     """Write `model` (a models.classifier.Classifier) into `folder` as a SavedModel for raw image files.
 
@@ -42,6 +43,8 @@ def export_image_classifier(
     - `serving_default`: image_bytes [n] string -> labels [n, k] string and scores [n, k] float32, best
       first, k = min(5, classes); probabilities [n, classes] float32 in the order of `class_names`;
       error [n] string, "" where all is well. An item with an error has zeros and empty labels.
+      A multi-label model, for which `thresholds` [classes] float32 are needed, has independent
+      probabilities and adds chosen [n, classes] bool: those that are at least their threshold.
     - `features`: image_bytes [n] string -> features [n, d] float32; error [n] string.
     - `pixels`: pixels [n, height, width, 3] float32, RGB 0 to 255, any one size -> as `serving_default`.
 
@@ -49,6 +52,8 @@ def export_image_classifier(
     Nothing from the training set is written. Raises GraftError for a class name that is no line of text.
     """
     class_names = list(class_names)
+    if model.multi_label != (thresholds is not None):
+        raise ValueError("thresholds: a multi-label model needs one per class, any other model takes none")
     for name in class_names:
         if name.splitlines() != [name] or name != name.encode(errors="replace").decode():
             raise GraftError(f"class name {name!r}: labels.txt needs one line of UTF-8 text for it. Rename it")
@@ -67,10 +72,13 @@ def export_image_classifier(
     def answers(images, errors):
         logits = apply(model, images)
         good = (errors == "")[:, None]  # [n, 1]
-        probabilities = tf.where(good, tf.nn.softmax(logits), 0.0)
+        probabilities = tf.where(good, tf.nn.sigmoid(logits) if model.multi_label else tf.nn.softmax(logits), 0.0)
         scores, order = tf.math.top_k(probabilities, k=min(LISTED_CLASSES, len(class_names)))
         labels = tf.where(good, tf.gather(tf.constant(class_names), order), "")
-        return {"labels": labels, "scores": scores, "probabilities": probabilities, "error": errors}
+        outputs = {"labels": labels, "scores": scores, "probabilities": probabilities, "error": errors}
+        if model.multi_label:
+            outputs["chosen"] = good & (probabilities >= tf.constant(thresholds, tf.float32))
+        return outputs
 
     def decode(image_bytes):
         # Decoders have no GPU kernels; without this pin the placer may spread their inputs over devices.
@@ -109,7 +117,10 @@ def export_image_classifier(
         "image_size": list(preprocess.image_size),
         "preprocess": dataclasses.asdict(preprocess),
         "white_level": white_level,
+        "multi_label": model.multi_label,
     }
+    if model.multi_label:
+        known["thresholds"] = [float(value) for value in np.asarray(thresholds, np.float32)]
     (Path(folder) / LABELS_FILE).parent.mkdir(exist_ok=True)
     (Path(folder) / LABELS_FILE).write_text("".join(f"{name}\n" for name in class_names), "utf-8")
     text = json.dumps({**(details or {}), **known}, indent=2, ensure_ascii=False)

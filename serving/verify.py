@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 from models import GraftError
-from serving.answer_checks import ROWS, check_answers, check_rows, read_class_names
+from serving.answer_checks import ROWS, check_answers, check_rows, read_class_names, read_thresholds
 from serving.runtime import SessionError
 from serving.session import Session
 from serving.static_checks import CheckFailed, check_layout, check_ops
@@ -97,12 +97,12 @@ def run_steps(folder, samples, expected, target, tolerance, say) -> dict:
         started = time.monotonic()
         with Session(folder) as session:
             load_seconds = time.monotonic() - started
-            names = read_class_names(folder)
-            difference, good = check_answers(session, samples, expected, tolerance, names)
+            names, thresholds = read_class_names(folder), read_thresholds(folder)
+            difference, good = check_answers(session, samples, expected, tolerance, names, thresholds)
             compared = f"{len(samples)} samples, largest difference {difference:.1g}, allowed {tolerance:.1g}"
             say(f"answers: loaded in {load_seconds:.2f} s; {compared if samples else 'no samples given'}")
             step = "rows"
-            row_difference = max(check_rows(session, name, good, names) for name in session.signatures)
+            row_difference = max(check_rows(session, name, good, names, thresholds) for name in session.signatures)
             say(f"rows: batches of 0 to {ROWS} equal single items, largest difference {row_difference:.1g}")
     except (CheckFailed, SessionError) as error:
         position = f"step {STEPS.index(step) + 1} of {len(STEPS)}, {step}"

@@ -104,6 +104,39 @@ def test_labels_and_scores_are_aligned_best_first(session):
         np.testing.assert_array_equal(scores, probabilities[order])
 
 
+def test_several_labels_are_chosen_by_their_thresholds(tmp_path):
+    model = Classifier(tiny_backbone(), 3, multi_label=True)
+    model.head.kernel.assign(model.head.kernel * 20.0)
+    samples = [encoded_image(seed) for seed in range(6)]
+    images, _ = decode_images(tf.constant(samples), model.backbone.preprocess)
+    expected = tf.sigmoid(model(scale_image(images, model.backbone.preprocess), training=False)).numpy()
+    thresholds = np.median(expected, axis=0)  # so that each class is chosen for some
+    export_image_classifier(model, model.backbone.preprocess, CLASSES[:3], tmp_path / "1", thresholds=thresholds)
+    with Session(tmp_path / "1") as session:
+        for signature in ("serving_default", "pixels"):
+            assert session.signatures[signature]["outputs"]["chosen"] == ("bool", (None, 3))
+        served = session.run("serving_default", {"image_bytes": [*samples, b"no image"]})
+    np.testing.assert_allclose(served["probabilities"][:-1], expected, atol=1e-6)
+    np.testing.assert_array_equal(served["chosen"][:-1], expected >= thresholds)
+    assert served["chosen"][:-1].sum(axis=0).tolist() == [3, 3, 3]
+    assert served["error"][-1] and not served["chosen"][-1].any()
+    details = json.loads((tmp_path / "1" / "assets.extra" / "graft.json").read_text())
+    assert details["multi_label"] is True and details["thresholds"] == thresholds.tolist()
+
+
+def test_thresholds_go_with_several_labels_only(model, tmp_path):
+    for several in (False, True):
+        classifier = Classifier(tiny_backbone(), 3, multi_label=several)
+        with pytest.raises(ValueError, match="a multi-label model needs one per class, any other model takes none"):
+            export_image_classifier(
+                classifier,
+                classifier.backbone.preprocess,
+                CLASSES[:3],
+                tmp_path / "1",
+                thresholds=None if several else np.full(3, 0.5),
+            )
+
+
 def test_a_bad_item_has_its_error_and_spares_its_neighbours(session):
     good = [encoded_image(0), encoded_image(1)]
     alone = session.run("serving_default", {"image_bytes": good})

@@ -14,11 +14,14 @@ import pytest
 import tensorflow as tf
 
 from models import GraftError
+from models.classifier import Classifier
+from models.inputs import decode_images, scale_image
 from serving.answer_checks import check_answers
 from serving.export import export_image_classifier
 from serving.session import Session
 from serving.static_checks import CheckFailed, read_op_list
 from serving.verify import VerificationError, run_steps, verify
+from tests.conftest import tiny_backbone
 from tests.test_export import CLASSES, encoded_image, tiny_classifier, training_answers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,6 +106,47 @@ def test_labels_of_another_model(session, exported, samples):
 def test_answers_of_other_classes(session, exported, samples):
     with pytest.raises(CheckFailed, match=r"probabilities \[19, 7\], expected \[19, 6\]"):
         check_answers(session, samples, exported[1][:, :6], 1e-5, CLASSES)
+
+
+@pytest.fixture(scope="module")
+def several_labels(samples, tmp_path_factory):
+    """(version folder of a multi-label model, the training side's probabilities, thresholds); read only."""
+    model = Classifier(tiny_backbone(), len(CLASSES), multi_label=True)
+    model.head.kernel.assign(model.head.kernel * 20.0)
+    images, _ = decode_images(tf.constant(samples[:-1]), model.backbone.preprocess)
+    expected = tf.sigmoid(model(scale_image(images, model.backbone.preprocess), training=False)).numpy()
+    thresholds = np.quantile(expected, 0.7, axis=0).astype("float32")
+    folder = tmp_path_factory.mktemp("several") / "1"
+    export_image_classifier(model, model.backbone.preprocess, CLASSES, folder, thresholds=thresholds)
+    return folder, np.concatenate([expected, np.zeros([1, len(CLASSES)])]), thresholds
+
+
+def test_a_good_export_of_several_labels_passes(several_labels, samples):
+    folder, expected, _ = several_labels
+    assert verify(folder, samples, expected)["largest_difference"] <= 1e-6
+
+
+def test_choices_that_do_not_fit(several_labels, samples, tmp_path):
+    folder = Path(shutil.copytree(several_labels[0], tmp_path / "1"))
+    details = folder / "assets.extra" / "graft.json"
+    known = json.loads(details.read_text())
+    for thresholds, message in (
+        (
+            [*known["thresholds"][:-1], 1.1],
+            r"row \d+: chosen .* does not fit its probabilities .* of assets\.extra/graft",
+        ),
+        (known["thresholds"][:-1], "probabilities of 7 classes, but assets.extra/graft.json has 6 thresholds"),
+        (None, "serving_default: output chosen, but no thresholds in assets.extra/graft.json"),
+        ("high", "graft.json: cannot be read"),
+    ):
+        details.write_text(json.dumps({**known, "thresholds": thresholds}))
+        with pytest.raises(VerificationError, match=f"step 3 of 4, answers: .*{message}"):
+            steps(folder, samples, several_labels[1])
+
+
+def test_thresholds_without_choices(session, exported, samples):
+    with pytest.raises(CheckFailed, match="serving_default: no output chosen, but thresholds in"):
+        check_answers(session, samples, exported[1], 1e-5, CLASSES, np.full(7, 0.5, "float32"))
 
 
 def test_unknown_target(exported, samples):

@@ -1,0 +1,100 @@
+"""The worst mistakes of a model, for the report: what was taken for what, with the picture."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+
+from pipelines import facts
+from pipelines.data import targets_of
+
+SHOWN_MISTAKES = 12
+THUMBNAIL_SIDE = 192  # pixels
+
+
+def worst_mistakes(
+    table, probabilities, class_names, white_level: int, report_inputs: str, thresholds=None
+) -> list[dict]:
+    """The examples that were most confidently wrong, worst first.
+
+    Args:
+        table: the examples, with columns id, path and label.
+        probabilities: [n, classes] float32.
+        report_inputs: "all" for pictures, "none" for ids only: data that must not leave the machine.
+        thresholds: [classes] float32 of a multi-label model.
+    """
+    if thresholds is None:
+        mistakes = _wrong_answers(table["label"].to_numpy(), probabilities, class_names)
+    else:
+        mistakes = _wrong_choices(table, probabilities, class_names, thresholds)
+    paths, ids, with_pictures = table["path"].to_pylist(), table["id"].to_pylist(), report_inputs == "all"
+    return [
+        {
+            "id": ids[row],
+            "path": paths[row] if with_pictures else None,
+            **mistake,
+            "picture": thumbnail(paths[row], white_level) if with_pictures else None,
+        }
+        for row, mistake in mistakes
+    ]
+
+
+def _wrong_answers(labels, probabilities, class_names) -> list[tuple[int, dict]]:
+    """(row, mistake) of examples with one label; the least probable truth first."""
+    predicted = probabilities.argmax(axis=1)
+    true_probability = probabilities[np.arange(len(labels)), labels]
+    wrong = [i for i in np.argsort(true_probability, kind="stable") if predicted[i] != labels[i]][:SHOWN_MISTAKES]
+    return [
+        (
+            i,
+            {
+                "true": class_names[labels[i]],
+                "predicted": class_names[predicted[i]],
+                "probability": float(probabilities[i].max()),
+                "true_probability": float(true_probability[i]),
+            },
+        )
+        for i in wrong
+    ]
+
+
+def _wrong_choices(table, probabilities, class_names, thresholds) -> list[tuple[int, dict]]:
+    """(row, mistake) of examples with several labels, some wrong or missing; the largest loss first."""
+    truth, chosen = targets_of(table, len(class_names)) > 0, probabilities >= thresholds
+    losses = -np.log(np.maximum(np.where(truth, probabilities, 1 - probabilities), np.finfo(np.float32).tiny))
+    order = np.argsort(-losses.mean(axis=1), kind="stable")
+    wrong = [i for i in order if (truth[i] != chosen[i]).any()][:SHOWN_MISTAKES]
+    worst = np.where(truth != chosen, losses, -1).argmax(axis=1)  # the class that was most wrongly chosen or left out
+    return [
+        (
+            i,
+            {
+                "true": facts.chosen_labels(class_names, truth[i]),
+                "predicted": facts.chosen_labels(class_names, chosen[i]),
+                "loss": float(losses[i].mean()),
+                "worst_class": class_names[worst[i]],
+                "worst_probability": float(probabilities[i, worst[i]]),
+            },
+        )
+        for i in wrong
+    ]
+
+
+def thumbnail(path: str, white_level: int) -> bytes:
+    """An image file as a JPEG whose longer side is THUMBNAIL_SIDE pixels; small images are enlarged without blur."""
+    from PIL import Image  # for the report's pictures only: the model's input comes from models/inputs.py
+
+    with Image.open(path) as image:
+        if image.mode.startswith("I"):  # 16-bit grey
+            grey = np.clip(np.asarray(image, np.float32) / white_level, 0, 1) * 255
+            image = Image.fromarray(grey.astype(np.uint8))
+        rgba = image.convert("RGBA")
+    picture = Image.new("RGB", rgba.size, "white")
+    picture.paste(rgba, mask=rgba.getchannel("A"))
+    scale = THUMBNAIL_SIDE / max(picture.size)
+    size = tuple(max(1, round(side * scale)) for side in picture.size)
+    picture = picture.resize(size, Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return buffer.getvalue()
