@@ -36,8 +36,8 @@ class Classifier(keras.Model):
 
     def features(self, inputs, training=False):
         """Scaled input -> pooled features [batch, feature_size] float32."""
-        features = self.backbone.pooled(run_encoder(self.encoder, inputs, training))
-        return keras.ops.cast(features, "float32")
+        features = run_encoder(self.encoder, inputs, training)
+        return self.backbone.pooled(keras.ops.cast(features, "float32"))
 
     def call(self, inputs, training=False):
         return self.head(self.dropout(self.features(inputs, training), training=training))

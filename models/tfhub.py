@@ -125,7 +125,8 @@ class HubLayer(keras.layers.Layer):
     def __init__(
         self, handle, trainable=False, trainable_patterns=None, train_batch_norm=False, arguments=None, **options
     ):
-        super().__init__(**{"dtype": "float32", **options})  # the dtypes inside a SavedModel are fixed
+        # The dtypes inside a SavedModel are fixed.
+        super().__init__(**{"dtype": "float32", "autocast": False, **options})
         self.supports_jit = False  # XLA has no string tables
         self.handle, self.arguments = handle, dict(arguments or {})
         self.trainable_patterns, self.train_batch_norm = trainable_patterns, train_batch_norm

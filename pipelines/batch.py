@@ -20,9 +20,10 @@ import tyro
 from models import GraftError
 from pipelines import facts, runs
 from pipelines.console import console, progress_bar
-from pipelines.data import IMAGE_SUFFIXES, content_id, find_images, is_multi_label, targets_of
+from pipelines.data import content_id, targets_of
 from pipelines.manifests import Example
 from pipelines.mistakes import worst_mistakes
+from pipelines.sources import IMAGE_SUFFIXES, find_images, is_multi_label
 
 BATCH = 32  # files per call of the model
 
@@ -200,6 +201,8 @@ class EvaluateConfig:
     """Column of a manifest with the class of each file, or several as a|b."""
     group_column: str = "group"
     """Column of a manifest with the patient, customer or the like; no figure depends on it."""
+    data_dir: str = ""
+    """Folder of prepared TFDS sets, for tfds:NAME (empty: TFDS's own)."""
     out: str = ""
     """Folder for report.html, metrics.json and predictions.csv (empty: RUN/evaluations/NAME OF THE DATA)."""
     positive: str = ""
@@ -283,7 +286,7 @@ def labelled_files(config: EvaluateConfig, details: dict) -> list[Example]:
             f"needs exactly one of two. Leave the flag out: the report has precision and recall of every class."
         )
     check_positive(config.positive or None, config.specificity, class_names)
-    found = find_images(config.data, config.path_column, config.label_column, config.group_column)
+    found = find_images(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
     if any(example.split for example in found):
         found = [example for example in found if example.split == "test"] or found
     unknown = sorted({label for example in found for label in example.labels} - set(class_names))

@@ -34,6 +34,8 @@ class InputOptions:
     """Column of a manifest with the class of each file."""
     group_column: str = "group"
     """Column of a manifest with what must stay in one split, such as the patient or customer (may be missing)."""
+    data_dir: str = ""
+    """Folder of prepared TFDS sets, for tfds:NAME (empty: TFDS's own)."""
 
 
 @dataclasses.dataclass
@@ -70,8 +72,17 @@ class FineTuneOptions:
     """Most epochs of phase 2."""
     fine_tune_learning_rate: float = 1e-3
     """Learning rate of the head in phase 2; blocks get less, by the formula above."""
-    augmentation: Literal["none", "flip-crop"] = "flip-crop"
-    """Random changes to training images in phase 2: left-right flips and crops, or none."""
+    augmentation: Literal["none", "flip-crop", "rand-augment"] = "flip-crop"
+    """Random changes to training images in phase 2: left-right flips and crops; rand-augment adds two of 14 changes
+    of colour and shape (RandAugment, N 2, magnitude 9 of 30): more variety for longer training."""
+    random_erasing: float = 0.0
+    """Share of training images in phase 2 of which a random box is filled with noise, 0 to 1; usual: 0.25."""
+    mixup: float = 0.0
+    """Train phase 2 on blends of two examples and of their labels (MixUp). The share of each is drawn from
+    Beta(A, A), A this number; 0: off; usual: 0.2, where most blends are nearly one of the two."""
+    cutmix: float = 0.0
+    """Train phase 2 on images with a box pasted in from another, labels shared by area (CutMix). As --mixup; usual: 1.
+    With both, each batch takes one of them by a coin."""
 
 
 @dataclasses.dataclass
@@ -82,8 +93,9 @@ class TrainingOptions:
     """Examples per update, over all devices."""
     accumulation_steps: int = 1
     """Compute each batch in so many parts: the same update with less memory."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw, or sgd with Nesterov momentum 0.9."""
+    optimizer: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
+    """adamw; sgd with Nesterov momentum 0.9; lion, which wants rates 3 to 10 times lower and a decay as much higher;
+    adafactor, which needs least memory and wants higher rates (1e-2): its steps are in proportion to the weights."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """Learning rate over a phase."""
     warmup: float = 0.1
@@ -96,6 +108,11 @@ class TrainingOptions:
     """Share of each label spread over all classes, 0 to 1."""
     class_weights: Literal["none", "balanced"] = "none"
     """balanced: each class weighs the same in the loss, however many examples it has."""
+    ema: float = 0.0
+    """Validate, keep and export a moving average of the weights over updates, of this decay; 0: off; usual: 0.99."""
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the backbone computes in while it trains; weights, evaluation and the exported model stay float32.
+    bfloat16 suits TPUs and new GPUs and CPUs, float16 older GPUs; elsewhere they are slower."""
     patience: int = 3
     """Stop a phase after so many epochs without a better validation loss; the best weights are kept."""
     distribute: Literal["none", "mirrored"] = "none"
@@ -259,9 +276,10 @@ def check_config(config) -> None:
 RANGES = (  # flags, what must hold, how to say it
     (("head_epochs", "batch_size", "accumulation_steps", "patience"), lambda v: v >= 1, "1 or more"),
     (("fine_tune_epochs", "image_size", "min_per_class", "seed"), lambda v: v >= 0, "0 or more"),
-    (("weight_decay", "clip_norm"), lambda v: v >= 0, "0 or more"),
+    (("weight_decay", "clip_norm", "mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
     (("head_learning_rate", "fine_tune_learning_rate"), lambda v: v > 0, "more than 0"),
-    (("dropout", "label_smoothing", "warmup"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
+    (("dropout", "label_smoothing", "warmup", "ema"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
+    (("random_erasing",), lambda v: 0 <= v <= 1, "from 0 to 1"),
     (("specificity",), lambda v: 0 < v < 1, "between 0 and 1"),
 )
 

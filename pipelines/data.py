@@ -1,8 +1,7 @@
-"""Folders of images, manifests and offline sets -> Splits; and the only maker of tf.data."""
+"""Examples -> Splits: read, checked and split; and the only maker of tf.data."""
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import dataclasses
 import functools
@@ -13,32 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from models import GraftError, offline
+from models import GraftError
 from pipelines.console import progress_bar
-from pipelines.manifests import SPLIT_ALIASES, Example, manifest_files, read_manifests
+from pipelines.manifests import Example
+from pipelines.sources import drop_small_classes, is_multi_label
 from pipelines.splits import fingerprint, make_splits
-
-OFFLINE_IMAGE_SETS = tuple(name for name, entry in offline.DATA.items() if entry["kind"] == "image")
-# What counts as an image by its name. Kinds that inputs.py refuses are here too: they are reported
-# with the reason, where silence would leave a class half empty.
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".png",
-        ".gif",
-        ".bmp",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".dcm",
-        ".heic",
-        ".heif",
-        ".avif",
-        ".jxl",
-    ]
-)
 
 
 @dataclasses.dataclass
@@ -65,117 +43,6 @@ class Splits:
     def multi_label(self) -> bool:
         """Whether an example may have several labels."""
         return pa.types.is_list(self.train.schema.field("label").type)
-
-
-# ---------------------------------------------------------------- finding files
-
-
-def find_images(
-    data: str, path_column: str = "path", label_column: str = "label", group_column: str = "group"
-) -> list[Example]:
-    """List the images of a folder, a manifest or an offline set, sorted by path.
-
-    Layouts: FOLDER/class/..., FOLDER/{train,val,test}/class/... ("valid", "validation" are read as val),
-    a manifest, or a folder with the manifests {train,val,test}.{csv,tsv,jsonl,parquet}, of which train must be
-    there. Needs no TensorFlow, so that a mistake answers at once.
-
-    Args:
-        path_column, label_column, group_column: what a manifest calls them.
-
-    Raises:
-        GraftError: no such folder, manifest or offline set, no images, images outside class folders, one class
-            only; column names for a folder that has no manifest; all that `read_manifests` raises.
-    """
-    files = manifest_files(data)
-    if files:
-        found = read_manifests(files, path_column, label_column, group_column)
-        give = "rows of at least two labels"
-    else:
-        renamed = {"--path-column": path_column, "--label-column": label_column, "--group-column": group_column}
-        for flag, column in renamed.items():
-            if column != flag.removeprefix("--").removesuffix("-column"):
-                raise GraftError(f"{flag} {column}: only a manifest has columns, and --data {data} is none.")
-        found = _find_in_folders(data)
-        give = "one folder of images per class"
-    classes = {label for example in found for label in example.labels}
-    if len(classes) < 2:
-        raise GraftError(
-            f"--data {data}: only one class, {classes.pop()!r}. A classifier needs at least two: give {give}."
-        )
-    return found
-
-
-def _find_in_folders(data: str) -> list[Example]:
-    if data in OFFLINE_IMAGE_SETS and not pathlib.Path(data).exists():
-        folder = offline.image_data_folder(data)
-    else:
-        folder = pathlib.Path(data)
-    if not folder.is_dir():
-        raise GraftError(
-            f"--data {data}: there is no such folder. Give a folder with one folder of images per class, "
-            f"a manifest, or an offline set: {', '.join(OFFLINE_IMAGE_SETS)}."
-        )
-    paths = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    )
-    if not paths:
-        raise GraftError(
-            f"--data {data}: no images in this folder. Expected one folder per class that holds "
-            f"{', '.join(sorted(IMAGE_SUFFIXES)[:3])}, ... files, such as {folder}/cat/1.jpg."
-        )
-    first_folders = {path.relative_to(folder).parts[0] for path in paths}
-    has_splits = first_folders <= set(SPLIT_ALIASES) and "train" in first_folders
-    depth = 2 if has_splits else 1
-    found = []
-    for path in paths:
-        parts = path.relative_to(folder).parts
-        if len(parts) <= depth:
-            raise GraftError(
-                f"{path} is in no class folder. Expected {folder}/"
-                f"{'train/' if has_splits else ''}CLASS/{path.name}: move it into the folder of its class."
-            )
-        found.append(Example(SPLIT_ALIASES[parts[0]] if has_splits else "", (parts[depth - 1],), str(path)))
-    return found
-
-
-def is_multi_label(found: list[Example]) -> bool:
-    """Whether some example has several labels; then all are learned as independent yes-or-no questions."""
-    return any(len(example.labels) != 1 for example in found)
-
-
-def drop_small_classes(found: list[Example], min_per_class: int) -> tuple[list[Example], list[str]]:
-    """Leave out classes with fewer than `min_per_class` images; 0 stops at a class that has only one.
-
-    An image of a multi-label set loses such labels, and is left out with its last one.
-
-    Returns:
-        What is left, and the names of the classes left out.
-
-    Raises:
-        GraftError: a class with one image and min_per_class 0; fewer than two classes left.
-    """
-    counts = collections.Counter(label for example in found for label in example.labels)
-    if not min_per_class:
-        single = sorted(label for label, count in counts.items() if count < 2)
-        if single:
-            raise GraftError(
-                f"{'Class' if len(single) == 1 else 'Classes'} {', '.join(single)} "
-                f"{'has' if len(single) == 1 else 'have'} one image; training and testing need at least two. "
-                f"Add images, or leave such classes out with --min-per-class 2."
-            )
-        return found, []
-    dropped = sorted(label for label, count in counts.items() if count < min_per_class)
-    if len(counts) - len(dropped) < 2:
-        raise GraftError(
-            f"--min-per-class {min_per_class} leaves {len(counts) - len(dropped)} of {len(counts)} classes; "
-            f"at least two are needed. The largest class has {max(counts.values())} images."
-        )
-    left = [example._replace(labels=tuple(name for name in example.labels if name not in dropped)) for example in found]
-    return [example for example in left if example.labels], dropped
 
 
 # ---------------------------------------------------------------- reading and splitting
@@ -237,6 +104,8 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
                 "split": example.split,
             }
         )
+    # By content, not by path: the same images give the same batches wherever they lie.
+    rows.sort(key=lambda row: (row["id"], row["path"]))
     tables = make_splits(rows, class_names, warnings)
     peak = max((fact["peak"] for fact in facts), default=0)
     return Splits(
@@ -283,6 +152,8 @@ def dataset(
     epoch: int = 0,
     training: bool = False,
     seed: int = 0,
+    mixup: float = 0.0,
+    cutmix: float = 0.0,
 ):
     """A table as a tf.data of full batches: (inputs, targets [b, classes], weights [b], rows [b] int32), float32.
 
@@ -293,8 +164,12 @@ def dataset(
         load: (path, seed [2] int32) -> input of one example; the seed is a function of (seed, epoch, example).
         class_count: width of the targets, which are as `targets_of` makes them.
         training: shuffled by `permutation`, else in the table's order.
+        mixup, cutmix: A of Beta(A, A), as `pipelines.augmentation.mix_batch` takes them; 0 for off. Batches are mixed
+            here, before they are shared out, so the mixture is the same on any number of replicas.
     """
     import tensorflow as tf
+
+    from pipelines.augmentation import mix_batch
 
     count = table.num_rows
     order = permutation(count, seed, epoch) if training else np.arange(count)
@@ -306,11 +181,16 @@ def dataset(
     targets = targets_of(table, class_count)[rows]
     weights = table["weight"].to_numpy()[rows] * real
     paths = np.array(table["path"].to_pylist(), dtype=object)[rows]
-    seeds = np.stack([np.full(len(rows), (seed * 1_000_003 + epoch) % (2**31 - 1), np.int32), rows], axis=1)
+    epoch_seed = np.int32((seed * 1_000_003 + epoch) % (2**31 - 1))
+    seeds = np.stack([np.full(len(rows), epoch_seed), rows], axis=1)
 
     @tf.autograph.experimental.do_not_convert
     def load_example(path, example_seed, target, weight, row):
         return load(path, example_seed), target, weight, row
+
+    @tf.autograph.experimental.do_not_convert
+    def mix(index, batch):
+        return *mix_batch(*batch, tf.stack([epoch_seed, tf.cast(index, tf.int32)]), mixup, cutmix), batch[-1]
 
     slices = (
         paths.astype(str),
@@ -319,21 +199,28 @@ def dataset(
         weights.astype(np.float32),
         np.where(real, rows, -1).astype(np.int32),
     )
-    return (
+    batches = (
         tf.data.Dataset.from_tensor_slices(slices)
         .map(load_example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .batch(batch_size, drop_remainder=True)
-        .prefetch(tf.data.AUTOTUNE)
     )
+    if mixup or cutmix:
+        batches = batches.enumerate().map(mix, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return batches.prefetch(tf.data.AUTOTUNE)
 
 
 @functools.cache
-def image_loader(preprocess, white_level: int, augmentation: str = "none"):
-    """A `load` function for `dataset`: path -> scaled image [height, width, 3] float32."""
+def image_loader(preprocess, white_level: int, augmentation: str = "none", random_erasing: float = 0.0):
+    """A `load` function for `dataset`: path -> scaled image [height, width, 3] float32.
+
+    Args:
+        augmentation: "none", "flip-crop" or "rand-augment", which flips and crops too.
+        random_erasing: probability that a random box is filled with noise.
+    """
     import tensorflow as tf
 
     from models import inputs
-    from pipelines.augmentation import random_crop, random_flip
+    from pipelines import augmentation as random_changes
 
     # A random crop stands in for the backbone's central one: both would show too little of the image.
     whole = dataclasses.replace(preprocess, crop_share=1.0)
@@ -343,8 +230,14 @@ def image_loader(preprocess, white_level: int, augmentation: str = "none"):
     def load(path, seed):
         data = tf.io.read_file(path)
         if augmentation == "none":
-            return inputs.scale_image(inputs.read_image(data, preprocess, white_level), preprocess)
-        image = random_flip(random_crop(inputs.decode_image(data, white_level), seed), seed)
-        return inputs.scale_image(inputs.resize_image(image, whole), preprocess)
+            image = inputs.read_image(data, preprocess, white_level)
+        else:
+            image = random_changes.random_crop(inputs.decode_image(data, white_level), seed)
+            image = inputs.resize_image(random_changes.random_flip(image, seed), whole)
+        if augmentation == "rand-augment":
+            image = random_changes.rand_augment(image, seed)
+        if random_erasing:
+            image = random_changes.random_erasing(image, seed, random_erasing)
+        return inputs.scale_image(image, preprocess)
 
     return load

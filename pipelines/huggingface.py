@@ -19,7 +19,7 @@ import pyarrow as pa
 from models import GraftError
 from pipelines.console import console
 from pipelines.manifests import SPLIT_ALIASES, SUFFIXES, Example, open_table, read_manifests
-from pipelines.sources import Record, graft_splits, set_key, write_once
+from pipelines.records import Record, graft_splits, set_key, write_once
 
 SHARD = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-(?P<count>\d{5})\b.*\.parquet")
 BATCH_ROWS = 64  # read at a time from Parquet, so that few images are in memory

@@ -21,9 +21,10 @@ from models.names import check_backbone_name, check_depth, known_blocks
 from pipelines import facts, runs
 from pipelines.config import ImageConfig, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
-from pipelines.data import drop_small_classes, find_images, image_loader, is_multi_label, load_images, targets_of
+from pipelines.data import image_loader, load_images, targets_of
 from pipelines.evaluate_multi_label import choose_thresholds
 from pipelines.mistakes import worst_mistakes
+from pipelines.sources import drop_small_classes, find_images, is_multi_label
 
 VERIFIED_FILES = 200  # most test files whose served answers are compared with training's
 RUN_BYTES = 150_000_000  # free disk that a run of a small backbone needs: two checkpoints, export, report, logs
@@ -43,6 +44,7 @@ def run(config: ImageConfig) -> pathlib.Path:
     from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.distribute import make_strategy
     from pipelines.evaluate import check_positive
+    from pipelines.model_card import write_model_card
     from pipelines.report import write_report
     from pipelines.training import fit_two_phase, predictor
 
@@ -56,8 +58,8 @@ def run(config: ImageConfig) -> pathlib.Path:
         model = build_model(config, splits.class_names, splits.multi_label)
     clock.lap("backbone")
 
-    def loader(augmentation):
-        return image_loader(model.backbone.preprocess, splits.white_level, augmentation)
+    def loader(augmentation, random_erasing=0.0):
+        return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing)
 
     logits_of = predictor(model, strategy, loader("none"), config.training.batch_size)
 
@@ -111,6 +113,7 @@ def run(config: ImageConfig) -> pathlib.Path:
             "serving": {"folder": str(version.relative_to(run_dir)), **checked},
         }
         report = write_report(run_dir, gathered)
+        write_model_card(run_dir, gathered)
         runs.write_json(run_dir / "metrics.json", facts.machine_metrics(gathered))
     facts.print_ending(gathered, run_dir, version, report)
     return run_dir
@@ -123,17 +126,17 @@ def check_request(config: ImageConfig):
         GraftError: an unknown backbone, a depth that it lacks, no usable images, flags that several labels per
             image do not go with, no place for the run.
     """
-    check_backbone_name(config.model.backbone)
     depth, blocks = depth_blocks(config.model.depth), known_blocks(config.model.backbone)
     if depth and blocks:
         check_depth(depth, config.model.backbone, blocks)
-    options = config.input
-    found = find_images(options.data, options.path_column, options.label_column, options.group_column)
-    drop_small_classes(found, config.input.min_per_class)
+    data = config.input
+    found = find_images(data.data, data.path_column, data.label_column, data.group_column, data.data_dir)
+    drop_small_classes(found, data.min_per_class)
     if is_multi_label(found):
         check_multi_label_flags(config)
-    run_dir = runs.choose_run_folder(config.run.out, config.input.data)
+    run_dir = runs.choose_run_folder(config.run.out, data.data)
     runs.check_free_space(run_dir, RUN_BYTES)
+    check_backbone_name(config.model.backbone)  # last: it may have to be downloaded
     return found, run_dir
 
 
@@ -159,6 +162,10 @@ def build_model(config: ImageConfig, class_names: list[str], multi_label: bool =
     from models.classifier import Classifier
 
     backbone = load_backbone(config.model.backbone)
+    if backbone.preprocess is None:
+        raise GraftError(f"Backbone {config.model.backbone} takes text, not images. Give an image model.")
+    if "notice" in backbone.source:
+        console.print(f"[yellow]      Note: {backbone.source['notice']}")
     if config.model.image_size:
         size = (config.model.image_size, config.model.image_size)
         fixed = backbone.encoder.input_shape[1:3]

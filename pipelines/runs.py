@@ -47,7 +47,7 @@ def choose_run_folder(out: str, data: str) -> pathlib.Path:
 
 def free_name(parent: pathlib.Path, data: str) -> pathlib.Path:
     """PARENT/NAME OF THE DATA, or with -2, -3, ... where that is taken."""
-    path = pathlib.Path(data)
+    path = pathlib.Path(data.removeprefix("tfds:").replace(":", "-"))
     name = path.stem if path.is_file() else path.resolve().name if path.exists() else path.name
     folder, number = parent / name, 2
     while folder.exists():

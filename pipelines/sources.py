@@ -1,109 +1,159 @@
-"""Images that lie inside other libraries' records and tables -> files in the cache, and the list of examples."""
+"""Where images and their labels come from: folders, manifests, TFDS, Hugging Face, offline sets -> examples.
+
+Needs no TensorFlow, so that a mistake answers at once; only the first use of a TFDS set starts it.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import collections
 import pathlib
-import re
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from models import GraftError, offline
-from pipelines.console import console, progress_bar
-from pipelines.manifests import SPLIT_ALIASES, Example
+from pipelines.huggingface import huggingface_examples
+from pipelines.manifests import SPLIT_ALIASES, Example, manifest_files, read_manifests
+from pipelines.tfds import tfds_examples
 
-# How files of each kind begin, and the ending that such a file gets; other kinds get .bin and are reported
-# by the reader of images, as any file that it does not know.
-MAGIC_BYTES = (
-    (b"\xff\xd8\xff", ".jpg"),
-    (b"\x89PNG\r\n\x1a\n", ".png"),
-    (b"GIF8", ".gif"),
-    (b"BM", ".bmp"),
-    (b"RIFF....WEBP", ".webp"),
-    (b"II\\*\x00", ".tif"),
-    (b"MM\x00\\*", ".tif"),
-    (b"....ftyphei", ".heic"),
-    (b"....ftypavif", ".avif"),
+OFFLINE_IMAGE_SETS = tuple(name for name, entry in offline.DATA.items() if entry["kind"] == "image")
+# What counts as an image by its name. Kinds that inputs.py refuses are here too: they are reported
+# with the reason, where silence would leave a class half empty.
+IMAGE_SUFFIXES = frozenset(
+    [
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".png",
+        ".gif",
+        ".bmp",
+        ".webp",
+        ".tif",
+        ".tiff",
+        ".dcm",
+        ".heic",
+        ".heif",
+        ".avif",
+        ".jxl",
+    ]
 )
 
 
-class Record(NamedTuple):
-    """One image of a set."""
+def find_images(
+    data: str,
+    path_column: str = "path",
+    label_column: str = "label",
+    group_column: str = "group",
+    data_dir: str = "",
+) -> list[Example]:
+    """List the images of a folder, a manifest, a TFDS set or an offline set, sorted by path.
 
-    split: str  # train, val, test, or "" where Graft splits
-    labels: tuple[str, ...] | None  # None: not labelled
-    image: bytes | pathlib.Path  # an encoded image, or the file where it lies already
-    group: str = ""
-
-
-def graft_splits(names: Iterable[str]) -> dict[str, str]:
-    """The splits of a set that are used -> train, val or test; all -> "" where there is none to compare train with.
-
-    Others than train, validation and test ("unsupervised") are used only where there are no such.
-    """
-    known = {name: SPLIT_ALIASES[name] for name in names if name in SPLIT_ALIASES}
-    if "train" in known.values() and len(known) > 1:
-        return known
-    return dict.fromkeys(known or names, "")
-
-
-def set_key(files: Iterable[pathlib.Path], *facts: str) -> str:
-    """12 hexadecimal digits that change with the facts, and with the name, size or time of change of any file."""
-    stamps = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)]
-    return hashlib.sha256(json.dumps([facts, stamps]).encode()).hexdigest()[:12]
-
-
-def write_once(name: str, count: int, records: Callable[[], Iterable[Record]]) -> list[Example]:
-    """The records as files `SPLIT/CLASS/NUMBER.png` (or .jpg, ...) in the cache, and their examples by path.
-
-    The bytes are written as they are, on first use; later calls read only the list. Whole or absent, as all
-    in the cache. Images of several labels lie in SPLIT itself, and those that are files already stay where they are.
+    Layouts: FOLDER/class/..., FOLDER/{train,val,test}/class/... ("valid", "validation" are read as val),
+    a manifest, a folder with the manifests {train,val,test}.{csv,tsv,jsonl,parquet}, of which train must be
+    there, or a folder of Hugging Face `datasets`. Needs no TensorFlow, so that a mistake answers at once; only
+    the first use of a TFDS set starts it, to unpack the images.
 
     Args:
-        name: of the folder in the cache: it must change when the set does (`set_key`).
-        count: of the records, for the progress bar.
-        records: called where the folder is not there yet.
+        path_column, label_column, group_column: what a manifest calls them, or a set that has several.
+        data_dir: folder of prepared TFDS sets ("": TFDS's own).
 
     Raises:
-        GraftError: no labelled image, or no room for the files.
+        GraftError: no such folder, manifest or set, no images, images outside class folders, one class
+            only; column names for data that has none; all that `read_manifests` and the readers of sets raise.
     """
-    folder = offline.cache_folder() / "data" / _file_name(name)
+    renamed = {"--path-column": path_column, "--label-column": label_column, "--group-column": group_column}
+    renamed = {flag: name for flag, name in renamed.items() if name != flag.removeprefix("--").removesuffix("-column")}
+    if data.startswith("tfds:"):
+        _refuse_columns(renamed, ("--path-column", "--group-column"), f"the TFDS set {data}")
+        found, give = tfds_examples(data, data_dir, label_column), "a set of at least two labels"
+    elif (in_set := huggingface_examples(pathlib.Path(data), label_column, group_column)) is not None:
+        _refuse_columns(renamed, ("--path-column",), f"the Hugging Face folder {data}")
+        found, give = in_set, "a set of at least two labels"
+    elif files := manifest_files(data):
+        found = read_manifests(files, path_column, label_column, group_column)
+        give = "rows of at least two labels"
+    else:
+        _refuse_columns(renamed, tuple(renamed), f"--data {data}")
+        found, give = _find_in_folders(data), "one folder of images per class"
+    classes = {label for example in found for label in example.labels}
+    if len(classes) < 2:
+        raise GraftError(
+            f"--data {data}: only one class, {classes.pop()!r}. A classifier needs at least two: give {give}."
+        )
+    return found
+
+
+def _refuse_columns(renamed: dict[str, str], flags: tuple[str, ...], what: str) -> None:
+    for flag in flags:
+        if flag in renamed:
+            raise GraftError(f"{flag} {renamed[flag]}: only a manifest has such a column, and {what} is none.")
+
+
+def _find_in_folders(data: str) -> list[Example]:
+    if data in OFFLINE_IMAGE_SETS and not pathlib.Path(data).exists():
+        folder = offline.image_data_folder(data)
+    else:
+        folder = pathlib.Path(data)
     if not folder.is_dir():
-        with offline.whole_or_nothing(folder) as temporary, progress_bar() as bar:
-            task = bar.add_task("unpacking images", total=count, note="")
-            rows, unlabelled = [], 0
-            for number, record in enumerate(records()):
-                if record.labels is None:
-                    unlabelled += 1
-                else:
-                    path = _write_image(temporary, number, record)
-                    rows.append([record.split, record.labels, str(path), record.group])
-                bar.update(task, completed=number + 1)
-            if not rows:
-                raise GraftError(f"{name}: none of its {count:,} images is labelled. Give a set with labels.")
-            (temporary / "examples.json").write_text(json.dumps(rows))
-        if unlabelled:
-            console.print(f"{unlabelled:,} images without a label are left out.")
-    rows = json.loads((folder / "examples.json").read_text())
-    found = [Example(split, tuple(labels), str(folder / path), group) for split, labels, path, group in rows]
-    return sorted(found, key=lambda example: example.path)
+        raise GraftError(
+            f"--data {data}: there is no such folder. Give a folder with one folder of images per class, "
+            f"a manifest, tfds:NAME, or an offline set: {', '.join(OFFLINE_IMAGE_SETS)}."
+        )
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+    if not paths:
+        raise GraftError(
+            f"--data {data}: no images in this folder. Expected one folder per class that holds "
+            f"{', '.join(sorted(IMAGE_SUFFIXES)[:3])}, ... files, such as {folder}/cat/1.jpg."
+        )
+    first_folders = {path.relative_to(folder).parts[0] for path in paths}
+    has_splits = first_folders <= set(SPLIT_ALIASES) and "train" in first_folders
+    depth = 2 if has_splits else 1
+    found = []
+    for path in paths:
+        parts = path.relative_to(folder).parts
+        if len(parts) <= depth:
+            raise GraftError(
+                f"{path} is in no class folder. Expected {folder}/"
+                f"{'train/' if has_splits else ''}CLASS/{path.name}: move it into the folder of its class."
+            )
+        found.append(Example(SPLIT_ALIASES[parts[0]] if has_splits else "", (parts[depth - 1],), str(path)))
+    return found
 
 
-def _write_image(folder: pathlib.Path, number: int, record: Record) -> pathlib.Path:
-    """Write one image; its path, relative to `folder` where it was written there."""
-    if isinstance(record.image, pathlib.Path):
-        return record.image.absolute()
-    ending = next((end for magic, end in MAGIC_BYTES if re.match(magic, record.image, re.DOTALL)), ".bin")
-    place = pathlib.Path(record.split or "all")
-    if len(record.labels) == 1:
-        place /= _file_name(record.labels[0])
-    path = place / f"{number:07}{ending}"
-    (folder / path).parent.mkdir(parents=True, exist_ok=True)
-    (folder / path).write_bytes(record.image)
-    return path
+def is_multi_label(found: list[Example]) -> bool:
+    """Whether some example has several labels; then all are learned as independent yes-or-no questions."""
+    return any(len(example.labels) != 1 for example in found)
 
 
-def _file_name(text: str) -> str:
-    """A name as a file's: without the characters that some file systems refuse, 60 characters at most."""
-    return re.sub(r'[\x00-\x1f/\\:*?"<>|]|^\.', "_", text)[:60]
+def drop_small_classes(found: list[Example], min_per_class: int) -> tuple[list[Example], list[str]]:
+    """Leave out classes with fewer than `min_per_class` images; 0 stops at a class that has only one.
+
+    An image of a multi-label set loses such labels, and is left out with its last one.
+
+    Returns:
+        What is left, and the names of the classes left out.
+
+    Raises:
+        GraftError: a class with one image and min_per_class 0; fewer than two classes left.
+    """
+    counts = collections.Counter(label for example in found for label in example.labels)
+    if not min_per_class:
+        single = sorted(label for label, count in counts.items() if count < 2)
+        if single:
+            raise GraftError(
+                f"{'Class' if len(single) == 1 else 'Classes'} {', '.join(single)} "
+                f"{'has' if len(single) == 1 else 'have'} one image; training and testing need at least two. "
+                f"Add images, or leave such classes out with --min-per-class 2."
+            )
+        return found, []
+    dropped = sorted(label for label, count in counts.items() if count < min_per_class)
+    if len(counts) - len(dropped) < 2:
+        raise GraftError(
+            f"--min-per-class {min_per_class} leaves {len(counts) - len(dropped)} of {len(counts)} classes; "
+            f"at least two are needed. The largest class has {max(counts.values())} images."
+        )
+    left = [example._replace(labels=tuple(name for name in example.labels if name not in dropped)) for example in found]
+    return [example for example in left if example.labels], dropped

@@ -18,7 +18,7 @@ import numpy as np
 from models import GraftError
 from pipelines.console import start_tensorflow
 from pipelines.manifests import Example
-from pipelines.sources import Record, graft_splits, set_key, write_once
+from pipelines.records import Record, graft_splits, set_key, write_once
 
 PREFIX = "tfds:"
 VERSION = re.compile(r"\d+\.\d+\.\d+")

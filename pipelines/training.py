@@ -7,6 +7,7 @@ weight of the global batch, so that any number of replicas and of accumulation s
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 
@@ -17,82 +18,11 @@ import tensorflow as tf
 from models import GraftError, freezing
 from models import optimizer as optimizers
 from models.classifier import Classifier
+from models.precision import LossScale, set_precision
 from pipelines.config import depth_blocks
 from pipelines.console import progress_bar
 from pipelines.data import Splits, dataset, targets_of
-
-
-def cross_entropy(targets, logits, multi_label: bool, label_smoothing: float = 0.0):
-    """Cross-entropy per example in nats: targets and logits [b, classes] float32 -> [b].
-
-    Of the softmax over all classes; with `multi_label` of a sigmoid per class, and the mean over classes, as
-    Keras's BinaryCrossentropy. Smoothing draws targets towards 1 / classes, with `multi_label` towards 1/2.
-    """
-    if multi_label:
-        targets = targets * (1.0 - label_smoothing) + label_smoothing / 2
-        return tf.reduce_mean(tf.nn.sigmoid_cross_entropy_with_logits(targets, logits), axis=-1)
-    targets = targets * (1.0 - label_smoothing) + label_smoothing / logits.shape[-1]
-    return tf.nn.softmax_cross_entropy_with_logits(targets, logits)
-
-
-def share_correct(targets, logits, multi_label: bool):
-    """Per example [b] float32: 1 where the best class is right; with `multi_label` the share of right yes-or-nos."""
-    if multi_label:
-        return tf.reduce_mean(tf.cast((logits > 0) == (targets > 0.5), tf.float32), axis=-1)
-    return tf.cast(tf.argmax(logits, -1) == tf.argmax(targets, -1), tf.float32)
-
-
-def make_train_step(model: Classifier, optimizer, strategy, accumulation_steps: int = 1, label_smoothing: float = 0.0):
-    """A tf.function: distributed batch -> [4] float32: summed weighted loss, weight, correct answers, examples.
-
-    Loss and gradient are those of the weighted mean over the global batch: each replica divides by
-    the weight of all, and the optimizer sums the gradients over replicas (once: never reduce before).
-    """
-
-    def gradients_of(inputs, targets, weights, rows, total):
-        with tf.GradientTape() as tape:
-            logits = model(inputs, training=True)
-            losses = cross_entropy(targets, logits, model.multi_label, label_smoothing) * weights
-            loss = tf.math.divide_no_nan(tf.reduce_sum(losses), total)
-        gradients = tape.gradient(loss, [weight.value for weight in model.trainable_weights])
-        real = tf.cast(rows >= 0, tf.float32)
-        sums = [losses, weights, share_correct(targets, logits, model.multi_label) * real, real]
-        return gradients, tf.stack([tf.reduce_sum(values) for values in sums])
-
-    def replica_step(inputs, targets, weights, rows):
-        total = tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, tf.reduce_sum(weights))
-        batch = (inputs, targets, weights, rows)
-        if accumulation_steps == 1:
-            gradients, sums = gradients_of(*batch, total)
-        else:
-            parts = tf.nest.map_structure(
-                lambda x: tf.reshape(x, tf.concat([[accumulation_steps, -1], tf.shape(x)[1:]], 0)), batch
-            )
-            gradients = [tf.zeros_like(weight.value) for weight in model.trainable_weights]
-            sums = tf.zeros([4])
-            for index in tf.range(accumulation_steps):
-                part = tf.nest.map_structure(lambda x, index=index: x[index], parts)
-                more, part_sums = gradients_of(*part, total)
-                gradients = [a + b for a, b in zip(gradients, more)]
-                sums += part_sums
-        optimizer.apply(gradients, model.trainable_weights)
-        return sums
-
-    @tf.function(autograph=accumulation_steps > 1)  # for the loop over parts only: converting takes seconds
-    def train_step(batch):
-        return strategy.reduce(tf.distribute.ReduceOp.SUM, strategy.run(replica_step, args=batch), axis=None)
-
-    return train_step
-
-
-def make_predict_step(model: Classifier, strategy):
-    """A tf.function: distributed batch -> per-replica (logits [b, classes], rows [b])."""
-
-    @tf.function(autograph=False)
-    def predict_step(batch):
-        return strategy.run(lambda inputs, targets, weights, rows: (model(inputs, training=False), rows), args=batch)
-
-    return predict_step
+from pipelines.steps import MovingAverage, cross_entropy, make_predict_step, make_train_step, share_correct
 
 
 def predict_logits(predict_step, strategy, batches, count: int, on_batch=lambda: None) -> np.ndarray:
@@ -160,7 +90,9 @@ def fit_phase(
     first_epoch: int = 0,
     best_val_loss: float = math.inf,
 ) -> dict:
-    """Train what is flagged trainable, stop early, and leave the model with its best weights.
+    """Train what is flagged trainable, stop early, and leave the model with its best weights, computing in float32.
+
+    With `options.ema` the weights that are validated and kept are the averaged ones.
 
     Args:
         name: "head" or "fine_tune".
@@ -177,14 +109,7 @@ def fit_phase(
         val_loss, history (a row per epoch), blocks (the trainable table) and weights (counts of frozen and trainable).
     """
     started = time.perf_counter()
-    schedule = learning_rate
-    if options.schedule == "cosine":
-        schedule = optimizers.warmup_cosine(learning_rate, steps * epochs, options.warmup)
-    with strategy.scope():
-        optimizer = optimizers.make_optimizer(
-            options.optimizer, model, schedule, options.weight_decay, options.clip_norm or None
-        )
-    train_step = make_train_step(model, optimizer, strategy, options.accumulation_steps, options.label_smoothing)
+    optimizer, train_step, average = make_updates(model, learning_rate, steps * epochs, options, strategy)
     predict_step = make_predict_step(model, strategy)
     set_dropout_seeds = dropout_seeder(model, options.seed)
     before = freezing.checksums(model)
@@ -195,23 +120,21 @@ def fit_phase(
     model.optimizer, model.stop_training = optimizer, False  # what Keras callbacks read
     observers = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=epochs, steps=steps)
     observers.on_train_begin()
+    set_precision(model, options.precision)
     try:
         for epoch in range(first_epoch, first_epoch + epochs):
             epoch_started = time.perf_counter()
             observers.on_epoch_begin(epoch)
             batches = strategy.experimental_distribute_dataset(train_batches(epoch))
             loss, accuracy = train_epoch(train_step, batches, observers, set_dropout_seeds, first_step=epoch * steps)
-            logits = predict_logits(predict_step, strategy, val_batches, len(val_targets))
-            val_loss, val_accuracy = mean_loss_and_accuracy(val_targets, logits, model.multi_label)
-            if not math.isfinite(loss + val_loss):
-                raise GraftError(
-                    f"The loss of phase {name} is not finite in epoch {epoch - first_epoch + 1} "
-                    f"(train {loss}, validation {val_loss}). Lower the learning rate ({learning_rate:g} now)."
-                )
-            if val_loss < best_val_loss:
-                best_val_loss, best_epoch = val_loss, epoch - first_epoch + 1
-                best_weights = [weight.numpy() for weight in moving]
-                on_best(model)
+            with average.in_place() if average else contextlib.nullcontext():
+                logits = predict_logits(predict_step, strategy, val_batches, len(val_targets))
+                val_loss, val_accuracy = mean_loss_and_accuracy(val_targets, logits, model.multi_label)
+                check_finite(name, epoch - first_epoch + 1, loss, val_loss, learning_rate)
+                if val_loss < best_val_loss:
+                    best_val_loss, best_epoch = val_loss, epoch - first_epoch + 1
+                    best_weights = [weight.numpy() for weight in moving]
+                    on_best(model)
             row = {"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
             row["learning_rate"] = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
             history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - epoch_started})
@@ -219,6 +142,7 @@ def fit_phase(
             if epoch - first_epoch + 1 - best_epoch >= options.patience or model.stop_training:
                 break
     finally:  # after Ctrl-C too: the progress bar gives the terminal back
+        set_precision(model, "float32")
         observers.on_train_end()
 
     moved = freezing.check_moved(model, before)
@@ -238,6 +162,32 @@ def fit_phase(
         "blocks": freezing.trainable_table(model, learning_rate, rates),
         "weights": moved,
     }
+
+
+def make_updates(model: Classifier, learning_rate: float, total_steps: int, options, strategy):
+    """What updates the weights in a phase: the optimizer, the train step and the moving average (None without)."""
+    schedule = learning_rate
+    if options.schedule == "cosine":
+        schedule = optimizers.warmup_cosine(learning_rate, total_steps, options.warmup)
+    with strategy.scope():
+        optimizer = optimizers.make_optimizer(
+            options.optimizer, model, schedule, options.weight_decay, options.clip_norm or None
+        )
+        loss_scale = LossScale() if options.precision == "float16" else None
+        average = MovingAverage(model, options.ema) if options.ema else None
+    train_step = make_train_step(
+        model, optimizer, strategy, options.accumulation_steps, options.label_smoothing, loss_scale, average
+    )
+    return optimizer, train_step, average
+
+
+def check_finite(phase: str, epoch: int, loss: float, val_loss: float, learning_rate: float) -> None:
+    """Raise GraftError for a loss that is no number. epoch: counted from 1 within the phase."""
+    if not math.isfinite(loss + val_loss):
+        raise GraftError(
+            f"The loss of phase {phase} is not finite in epoch {epoch} (train {loss}, validation {val_loss}). "
+            f"Lower the learning rate ({learning_rate:g} now)."
+        )
 
 
 def train_epoch(train_step, batches, observers, set_dropout_seeds, first_step: int) -> tuple[float, float]:
@@ -266,6 +216,16 @@ def dropout_seeder(model: Classifier, seed: int):
 # ---------------------------------------------------------------- two phases
 
 
+def check_batch_size(options, replicas: int) -> None:
+    """Raise GraftError where the replicas cannot share a batch evenly in its accumulation steps."""
+    if options.batch_size % (replicas * options.accumulation_steps):
+        raise GraftError(
+            f"--batch-size {options.batch_size} cannot be shared evenly by {replicas} devices in "
+            f"{options.accumulation_steps} accumulation steps. "
+            f"Give a multiple of {replicas * options.accumulation_steps}."
+        )
+
+
 def fit_two_phase(
     model: Classifier,
     splits: Splits,
@@ -283,20 +243,15 @@ def fit_two_phase(
     A phase 2 that does not improve validation is undone: the model leaves with the weights of phase 1.
 
     Args:
-        loader: augmentation name -> `load` function for `pipelines.data.dataset`.
+        loader: augmentation name -> `load` function for `pipelines.data.dataset`; also called with
+            `random_erasing=probability` where that is asked for.
         config: `pipelines.config.ImageConfig` or its like.
         on_start: (name, trainable table), before each phase.
         on_best: (name, model), whenever validation has improved.
         on_end: (phase dict of `fit_phase`), after each phase; it may add to the dict.
     """
     options = config.training
-    replicas = strategy.num_replicas_in_sync
-    if options.batch_size % (replicas * options.accumulation_steps):
-        raise GraftError(
-            f"--batch-size {options.batch_size} cannot be shared evenly by {replicas} devices in "
-            f"{options.accumulation_steps} accumulation steps. "
-            f"Give a multiple of {replicas * options.accumulation_steps}."
-        )
+    check_batch_size(options, strategy.num_replicas_in_sync)
     class_count = len(splits.class_names)
     train = class_weighted(splits.train, class_count) if options.class_weights == "balanced" else splits.train
     common = {
@@ -308,7 +263,7 @@ def fit_two_phase(
         "callbacks": callbacks,
     }
 
-    def train_batches(load):
+    def train_batches(load, **mixing):
         return lambda epoch: dataset(
             train,
             load,
@@ -317,15 +272,16 @@ def fit_two_phase(
             epoch=epoch,
             training=True,
             seed=options.seed,
+            **mixing,
         )
 
-    def run_phase(name, augmentation, epochs, rate, **more):
+    def run_phase(name, batches, epochs, rate, **more):
         if on_start:
             on_start(name, freezing.trainable_table(model, rate, optimizers.block_multipliers(model)))
         phase = fit_phase(
             model,
             name,
-            train_batches=train_batches(loader(augmentation)),
+            train_batches=batches,
             epochs=epochs,
             learning_rate=rate,
             on_best=(lambda model: on_best(name, model)) if on_best else lambda model: None,
@@ -337,7 +293,7 @@ def fit_two_phase(
         return phase
 
     freezing.freeze(model)
-    phases = [run_phase("head", "none", config.head.head_epochs, config.head.head_learning_rate)]
+    phases = [run_phase("head", train_batches(loader("none")), config.head.head_epochs, config.head.head_learning_rate)]
     count = depth_blocks(config.model.depth)
     if count == 0 or config.fine_tune.fine_tune_epochs == 0:
         return phases
@@ -345,12 +301,15 @@ def fit_two_phase(
         freezing.unfreeze_all(model, config.model.train_batch_norm)
     else:
         freezing.unfreeze_top(model, count, config.model.train_batch_norm)
+    fine_tune = config.fine_tune
+    erasing = {"random_erasing": fine_tune.random_erasing} if fine_tune.random_erasing else {}
+    load = loader(fine_tune.augmentation, **erasing)
     phases.append(
         run_phase(
             "fine_tune",
-            config.fine_tune.augmentation,
-            config.fine_tune.fine_tune_epochs,
-            config.fine_tune.fine_tune_learning_rate,
+            train_batches(load, mixup=fine_tune.mixup, cutmix=fine_tune.cutmix),
+            fine_tune.fine_tune_epochs,
+            fine_tune.fine_tune_learning_rate,
             first_epoch=phases[0]["epochs"],
             best_val_loss=phases[0]["val_loss"],
         )

@@ -78,6 +78,10 @@ def test_print_config_is_a_config_file(tmp_path, capsys):
     config = parse_config(["--config", str(tmp_path / "d.yaml")])
     assert (config.model.depth, config.head.head_epochs) == ("1", 2)
     assert flat_config(config)["head_epochs"] == 2 and "head_epochs: 2" in config_yaml(config)
+    (tmp_path / "e.yaml").write_text("mixup: 0.2\ncutmix: 1\nprecision: bfloat16\naugmentation: rand-augment\n")
+    config = parse_config(["--config", str(tmp_path / "e.yaml"), "--ema", "0.99", "--optimizer", "lion"])
+    assert (config.fine_tune.mixup, config.fine_tune.cutmix, config.fine_tune.augmentation) == (0.2, 1, "rand-augment")
+    assert (config.training.precision, config.training.ema, config.training.optimizer) == ("bfloat16", 0.99, "lion")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +91,7 @@ def test_print_config_is_a_config_file(tmp_path, capsys):
         ("head_epochs: many", r"wrong type: head_epochs: 'many'. Their defaults are head_epochs: 8"),
         ("- a\n- b", "must be a YAML mapping"),
         ("a: [", "could not be read"),
-        ("optimizer: lion", "optimizer is 'lion', expected adamw or sgd"),
+        ("optimizer: adam", "optimizer is 'adam', expected adamw or sgd or lion or adafactor"),
     ],
 )
 def test_mistakes_in_a_config_file(tmp_path, text, message):
@@ -98,11 +102,15 @@ def test_mistakes_in_a_config_file(tmp_path, text, message):
 
 def test_values_out_of_range_are_told_together():
     with pytest.raises(GraftError) as told:
-        parse_config(["--dropout", "1.5", "--batch-size", "0", "--depth", "banana"])
+        wrong = ["--dropout", "1.5", "--batch-size", "0", "--depth", "banana", "--ema", "1", "--mixup", "-1"]
+        parse_config([*wrong, "--random-erasing", "1.1"])
     for part in (
         "--dropout is 1.5, expected 0 or more",
         "--batch-size is 0, expected 1 or more",
         "--depth is 'banana'",
+        "--ema is 1.0, expected 0 or more and less than 1",
+        "--mixup is -1.0, expected 0 or more",
+        "--random-erasing is 1.1, expected from 0 to 1",
     ):
         assert part in str(told.value)
 

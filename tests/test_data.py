@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from models import GraftError
-from pipelines import data, splits
+from pipelines import data, manifests, sources, splits
 from tests.conftest import write_png_folder
 
 
@@ -25,11 +25,11 @@ def split_of(tables):
 
 def test_class_folders_and_split_folders(tmp_path):
     write_png_folder(tmp_path / "plain", classes=2, per_class=2)
-    found = data.find_images(str(tmp_path / "plain"))
+    found = sources.find_images(str(tmp_path / "plain"))
     assert [(example.split, example.labels) for example in found] == [("", ("class0",))] * 2 + [("", ("class1",))] * 2
     for name in ("train", "valid", "test"):
         write_png_folder(tmp_path / "split" / name, classes=2, per_class=1)
-    found = data.find_images(str(tmp_path / "split"))
+    found = sources.find_images(str(tmp_path / "split"))
     assert {(example.split, example.labels) for example in found} == {
         (split, (label,)) for split in ("train", "val", "test") for label in ("class0", "class1")
     }
@@ -39,31 +39,31 @@ def test_hidden_and_foreign_files_are_no_images(tmp_path):
     write_png_folder(tmp_path / "x", classes=2, per_class=1)
     (tmp_path / "x" / "class0" / "notes.txt").write_text("no image")
     shutil.copytree(tmp_path / "x" / "class0", tmp_path / "x" / ".thumbnails")
-    assert len(data.find_images(str(tmp_path / "x"))) == 2
+    assert len(sources.find_images(str(tmp_path / "x"))) == 2
 
 
 def test_mistakes_in_a_folder_say_what_to_do(tmp_path):
     with pytest.raises(GraftError, match=r"--data nowhere: there is no such folder.*offline set: textures, digits"):
-        data.find_images("nowhere")
+        sources.find_images("nowhere")
     (tmp_path / "empty" / "cat").mkdir(parents=True)
     with pytest.raises(GraftError, match="no images in this folder. Expected one folder per class"):
-        data.find_images(str(tmp_path / "empty"))
+        sources.find_images(str(tmp_path / "empty"))
     write_png_folder(tmp_path / "one", classes=1)
     with pytest.raises(GraftError, match="only one class, 'class0'"):
-        data.find_images(str(tmp_path / "one"))
+        sources.find_images(str(tmp_path / "one"))
     write_png_folder(tmp_path / "loose", classes=2)
     shutil.copy(tmp_path / "loose" / "class0" / "000.png", tmp_path / "loose" / "stray.png")
     with pytest.raises(GraftError, match=r"stray.png is in no class folder"):
-        data.find_images(str(tmp_path / "loose"))
+        sources.find_images(str(tmp_path / "loose"))
 
 
 def test_a_class_with_one_image():
-    found = [data.Example("", (label,), str(index)) for index, label in enumerate("aabbc")]
+    found = [manifests.Example("", (label,), str(index)) for index, label in enumerate("aabbc")]
     with pytest.raises(GraftError, match="Class c has one image.*--min-per-class 2"):
-        data.drop_small_classes(found, 0)
-    assert data.drop_small_classes(found, 2) == (found[:4], ["c"])
+        sources.drop_small_classes(found, 0)
+    assert sources.drop_small_classes(found, 2) == (found[:4], ["c"])
     with pytest.raises(GraftError, match="--min-per-class 3 leaves 0 of 3 classes"):
-        data.drop_small_classes(found, 3)
+        sources.drop_small_classes(found, 3)
 
 
 # ---- splits
@@ -119,7 +119,7 @@ def test_unreadable_files_are_skipped_up_to_a_limit(tmp_path):
     folder = write_png_folder(tmp_path / "x", classes=2, per_class=25)
     for index in range(3):
         (folder / "class0" / f"{index:03}.png").write_bytes(b"no image at all")
-    splits = data.load_images(data.find_images(str(folder)))
+    splits = data.load_images(sources.find_images(str(folder)))
     assert sum(table.num_rows for table in splits) == 47
     assert [r["reason"][:12] for r in splits.skipped] == ["not an image"] * 3
     assert any("3 files could not be read" in w for w in splits.warnings)
@@ -128,7 +128,7 @@ def test_unreadable_files_are_skipped_up_to_a_limit(tmp_path):
     with pytest.raises(
         GraftError, match=r"(?s)5 of 50 images cannot be read; up to 3 are skipped.*000.png: not an image"
     ):
-        data.load_images(data.find_images(str(folder)))
+        data.load_images(sources.find_images(str(folder)))
 
 
 def test_rotated_and_16_bit_images_are_noticed(tmp_path):
@@ -137,7 +137,7 @@ def test_rotated_and_16_bit_images_are_noticed(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (9, 9), "red").save(folder / "class0" / "turned.jpg", exif=exif)
     Image.fromarray(np.full((8, 8), 900, np.uint16)).save(folder / "class1" / "deep.png")
-    splits = data.load_images(data.find_images(str(folder)))
+    splits = data.load_images(sources.find_images(str(folder)))
     assert splits.white_level == 1023
     assert any("1 images carry an EXIF rotation" in w for w in splits.warnings)
 
@@ -148,7 +148,7 @@ def test_rotated_and_16_bit_images_are_noticed(tmp_path):
 def test_order_and_augmentation_are_functions_of_seed_and_epoch(png_folder):
     from models.backbone import ImagePreprocess
 
-    splits = data.load_images(data.find_images(str(png_folder)))
+    splits = data.load_images(sources.find_images(str(png_folder)))
     load = data.image_loader(ImagePreprocess((16, 16)), 255, "flip-crop")
 
     def epoch(number, seed=0):

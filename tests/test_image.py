@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 
 from models import GraftError
 from pipelines import image, runs
@@ -29,7 +30,15 @@ def run_dir(png_folder, tiny_preset, tmp_path_factory):
 
 def test_the_run_folder_holds_everything(run_dir):
     names = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*")}
-    assert {"config.yaml", "metrics.json", "report.html", "skipped.csv", "splits.csv", "tensorboard"} <= names
+    assert {
+        "config.yaml",
+        "metrics.json",
+        "model_card.md",
+        "report.html",
+        "skipped.csv",
+        "splits.csv",
+        "tensorboard",
+    } <= names
     assert {"checkpoints/head.weights.h5", "serving/pictures/1/saved_model.pb"} <= names
     assert "serving/pictures/1/variables/variables.index" in names
     assert not [name for name in names if "tmp" in name]
@@ -44,6 +53,21 @@ def test_metrics_json_has_what_machines_need(run_dir):
         assert {"name", "epochs", "seconds", "trainable_parameters"} <= set(phase)
     assert metrics["class_names"] == ["class0", "class1", "class2"]
     assert metrics["backbone"]["name"] == "tiny_efficientnet"
+
+
+def test_the_model_card_says_what_the_model_is_made_of(run_dir):
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    _, front, text = (run_dir / "model_card.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(front)["base_model"] == "tiny_efficientnet"
+    for fact in (
+        "24 examples to train, 6 to validate, 6 to test",
+        metrics["data"]["fingerprint"],
+        metrics["backbone"]["source"]["sha256"],
+        "licence: unknown",
+        f"{metrics['test']['accuracy']:.3f}",
+        "class0, class1, class2",
+    ):
+        assert fact in text, fact
 
 
 def without_times(value):

@@ -384,6 +384,12 @@ def test_scaling():
     np.testing.assert_allclose(scaled[0, 0, 0], [1.0, 3.1, 1.0])
 
 
+def test_channels_are_turned_after_scaling():
+    rule = ImagePreprocess((1, 1), mean=(10.0, 20.0, 30.0), deviation=(1.0, 2.0, 3.0), channel_order="bgr")
+    scaled = inputs.scale_image(np.array([[[11, 24, 39]]], "uint8"), rule).numpy()
+    np.testing.assert_allclose(scaled[0, 0], [3.0, 2.0, 1.0])
+
+
 def with_orientation(value: int) -> bytes:
     exif = Image.Exif()
     exif[0x0112] = value

@@ -14,8 +14,10 @@ from pyarrow import csv, parquet
 from models import GraftError
 from pipelines import data, splits
 from pipelines.config import parse_config
-from pipelines.data import Example, drop_small_classes, find_images, is_multi_label, targets_of
+from pipelines.data import targets_of
 from pipelines.image import check_request
+from pipelines.manifests import Example
+from pipelines.sources import drop_small_classes, find_images, is_multi_label
 from tests.conftest import write_png_folder
 
 ROWS = [
@@ -218,7 +220,7 @@ def test_a_column_flag_that_cannot_be_obeyed(folder):
     manifest = write(folder / "m.csv", ROWS)
     with pytest.raises(GraftError, match=r"no column 'patient'; its columns: path, .*Correct --group-column"):
         find_images(manifest, group_column="patient")
-    with pytest.raises(GraftError, match=r"--group-column patient: only a manifest has columns"):
+    with pytest.raises(GraftError, match=r"--group-column patient: only a manifest has such a column"):
         find_images(str(folder / "photos"), group_column="patient")
 
 

@@ -11,6 +11,12 @@ from models.optimizer import block_multipliers, make_optimizer, warmup_cosine
 from tests.conftest import tiny_backbone
 
 RATE = 0.05
+PLAIN = {  # stock Keras optimizers, by the names of ours
+    "adamw": keras.optimizers.AdamW,
+    "sgd": lambda **options: keras.optimizers.SGD(**options, momentum=0.9, nesterov=True),
+    "lion": keras.optimizers.Lion,
+    "adafactor": lambda **options: keras.optimizers.Adafactor(**options, relative_step=False),
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +41,7 @@ def block_of(model, weight):
     return next((b.name for b in model.blocks if any(weight is w for w in b.weights)), "head")
 
 
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
+@pytest.mark.parametrize("name", list(PLAIN))
 def test_each_block_moves_as_under_its_own_plain_optimizer(model, name):
     """The reference: stock Keras optimizers, one per weight, at the multiplied rate, decay on matrices only."""
     start = [w.numpy() for w in model.trainable_weights]
@@ -45,10 +51,7 @@ def test_each_block_moves_as_under_its_own_plain_optimizer(model, name):
     for weight in model.trainable_weights:
         options = {"learning_rate": RATE * block_multipliers(model)[block_of(model, weight)]}
         options["weight_decay"] = 0.1 if len(weight.shape) > 1 else 0.0
-        if name == "sgd":
-            plain.append(keras.optimizers.SGD(**options, momentum=0.9, nesterov=True))
-        else:
-            plain.append(keras.optimizers.AdamW(**options))
+        plain.append(PLAIN[name](**options))
     for gradients in random_gradients(model, 5):
         gradients = [tf.constant(gradient) for gradient in gradients]
         optimizer.apply(gradients, model.trainable_weights)
@@ -87,6 +90,35 @@ def test_clipping_uses_the_global_norm(model):
     freezing.unfreeze_all(model)
     for weight, value in zip(model.trainable_weights, start):
         weight.assign(value)
+
+
+@pytest.mark.parametrize("name", list(PLAIN))
+def test_two_replicas_move_as_one_device_clipping_included(name, mirrored):
+    def weights_after_three_updates(strategy):
+        with strategy.scope():
+            model = Classifier(tiny_backbone(), class_count=3, dropout=0.0)
+            freezing.unfreeze_all(model)
+            optimizer = make_optimizer(name, model, RATE, weight_decay=0.1, clip_norm=0.5)
+        for gradients in random_gradients(model, 3):
+            shares = [tf.constant(gradient / strategy.num_replicas_in_sync) for gradient in gradients]
+            strategy.run(lambda shares=shares: optimizer.apply(shares, model.trainable_weights))
+        return [weight.numpy() for weight in model.trainable_weights]
+
+    for one, two in zip(*map(weights_after_three_updates, (tf.distribute.get_strategy(), mirrored))):
+        np.testing.assert_allclose(two, one, rtol=0, atol=1e-6)
+
+
+def test_adafactors_rate_is_the_schedules(model):
+    start = [w.numpy() for w in model.trainable_weights]
+    moves = {}
+    for rate in (0.01, 0.02):
+        optimizer = make_optimizer("adafactor", model, warmup_cosine(rate, steps=10, warmup_share=0.0), 0.0)
+        optimizer.apply([tf.ones(w.shape) for w in model.trainable_weights], model.trainable_weights)
+        moves[rate] = [weight.numpy() - value for weight, value in zip(model.trainable_weights, start)]
+        for weight, value in zip(model.trainable_weights, start):
+            weight.assign(value)
+    for slow, fast in zip(moves[0.01], moves[0.02]):
+        np.testing.assert_allclose(fast, 2 * slow, rtol=1e-2, atol=1e-7)
 
 
 def test_warmup_cosine():

@@ -12,7 +12,7 @@ from pyarrow import csv, parquet
 
 from models import GraftError
 from pipelines.huggingface import huggingface_examples
-from pipelines.sources import Record, graft_splits, write_once
+from pipelines.records import Record, graft_splits, write_once
 from pipelines.tfds import tfds_examples
 from tests.conftest import write_png_folder
 
@@ -102,6 +102,27 @@ SPLITS = {"train": "train", "val": "validation", "test": "test"}
 
 
 # ---------------------------------------------------------------- TFDS
+
+
+def store_as_tfds(folder, data_dir, name):
+    """Write FOLDER/{train,test}/CLASS/FILE as a prepared TFDS set, bytes as they are."""
+    import tensorflow_datasets as tfds
+
+    classes = sorted(path.name for path in (folder / "train").iterdir())
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name=name,
+        version="1.0.0",
+        features=tfds.features.FeaturesDict(
+            {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(names=classes)}
+        ),
+        split_datasets={
+            split.name: [
+                (str(file), {"image": str(file), "label": file.parent.name}) for file in sorted(split.rglob("*.png"))
+            ]
+            for split in sorted(folder.iterdir())
+        },
+        data_dir=data_dir,
+    )
 
 
 def test_tfds_gives_the_files_it_was_made_of(tfds_folder, split_folder, cache):

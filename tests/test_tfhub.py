@@ -23,7 +23,8 @@ from models.tfhub import HubLayer, load_hub_module
 from models.tfhub_blocks import cut_into_blocks, group_by_scope, in_order_of_numbers, unit_of
 from pipelines import training
 from pipelines.config import ImageConfig
-from pipelines.data import find_images, image_loader, load_images
+from pipelines.data import image_loader, load_images
+from pipelines.sources import find_images
 from serving.export import export_image_classifier
 from serving.verify import verify
 

@@ -3,15 +3,19 @@
 import dataclasses
 import math
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
 
-from models import GraftError
+from models import GraftError, freezing
 from models.classifier import Classifier
+from models.optimizer import make_optimizer, weight_rules
 from pipelines import training
 from pipelines.config import ImageConfig
-from pipelines.data import dataset, find_images, image_loader, load_images, targets_of
+from pipelines.data import dataset, image_loader, load_images, targets_of
+from pipelines.sources import find_images
+from pipelines.steps import make_train_step
 from tests.conftest import tiny_backbone
 
 
@@ -40,10 +44,13 @@ def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, **options):
         backbone = tiny_backbone(dropout=backbone_dropout)
         model = Classifier(backbone, len(splits.class_names), dropout=dropout, seed=1)
 
-    def loader(augmentation):
-        return image_loader(backbone.preprocess, splits.white_level, augmentation)
+    def loader(augmentation, random_erasing=0.0):
+        return image_loader(backbone.preprocess, splits.white_level, augmentation, random_erasing)
 
     return model, training.fit_two_phase(model, splits, loader, config, strategy)
+
+
+ALL_CHANGES = {"augmentation": "rand-augment", "random_erasing": 0.5, "mixup": 0.4, "cutmix": 1.0}
 
 
 def losses(phases):
@@ -59,6 +66,96 @@ def test_two_replicas_and_accumulation_give_the_losses_of_one(splits, mirrored, 
     assert len(losses(one)) == 6
     np.testing.assert_allclose(losses(accumulated), losses(one), atol=1e-5, rtol=0)
     np.testing.assert_allclose(losses(two), losses(one), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_mixing_averaging_and_augmentation_are_the_same_on_two_replicas(splits, mirrored):
+    options = {"optimizer": "sgd", "head_epochs": 1, "fine_tune_epochs": 2, "ema": 0.9, **ALL_CHANGES}
+    _, one = train(splits, **options)
+    _, two = train(splits, mirrored, accumulation_steps=2, **options)
+    np.testing.assert_allclose(losses(two), losses(one), atol=1e-5, rtol=0)
+
+
+def one_batch(size=8):
+    random = np.random.default_rng(0)
+    inputs = random.normal(size=(size, 16, 16, 3)).astype("float32")
+    targets = np.eye(3, dtype="float32")[np.arange(size) % 3]
+    return inputs, targets, np.linspace(0.5, 2, size, dtype="float32"), np.arange(size, dtype=np.int32)
+
+
+def distributed(strategy, batch):
+    batches = tf.data.Dataset.from_tensor_slices(batch).batch(len(batch[0]))
+    return next(iter(strategy.experimental_distribute_dataset(batches)))
+
+
+@pytest.mark.parametrize(("replicas", "accumulation_steps"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_the_models_own_losses_count_once_in_loss_and_gradient(mirrored, replicas, accumulation_steps):
+    strategy = mirrored if replicas == 2 else tf.distribute.get_strategy()
+    with strategy.scope():
+        model = Classifier(tiny_backbone(), 3, dropout=0.0)
+        freezing.unfreeze_top(model, 1)
+        optimizer = make_optimizer("sgd", model, 0.5, weight_decay=0.0)
+    for weight in model.encoder.get_layer("block2_conv").kernel, model.encoder.get_layer("block0_conv").kernel:
+        weight.regularizer = keras.regularizers.L2(0.3)  # block 0 is frozen: its own does not count
+    model.encoder.get_layer("block2_conv").activity_regularizer = keras.regularizers.L2(0.02)
+    batch = one_batch()
+    inputs, targets, weights, _ = batch
+    with tf.GradientTape() as tape:
+        losses = training.cross_entropy(targets, model(inputs), False) * weights
+        assert len(model.losses) == 2
+        expected = tf.reduce_sum(losses) / weights.sum() + tf.add_n(model.losses)
+    gradients = tape.gradient(expected, [weight.value for weight in model.trainable_weights])
+    rules, before = weight_rules(model), [weight.numpy() for weight in model.trainable_weights]
+    train_step = make_train_step(model, optimizer, strategy, accumulation_steps)
+    sums = train_step(distributed(strategy, batch)).numpy()
+    assert sums[0] / sums[1] == pytest.approx(float(expected), rel=1e-5)
+    assert float(expected) > float(tf.reduce_sum(losses)) / weights.sum() + 0.1
+    for weight, value, gradient in zip(model.trainable_weights, before, gradients):
+        step = 0.5 * rules[id(weight)][0] * 1.9 * gradient.numpy()  # Nesterov momentum 0.9 from rest
+        np.testing.assert_allclose(value - weight.numpy(), step, atol=1e-5, rtol=1e-3)
+
+
+def test_averaged_weights_are_those_that_are_validated_and_kept(splits, mirrored):
+    config = make_config(ema=0.6, depth="1", head_epochs=3, fine_tune_epochs=2, train_batch_norm=True)
+    with mirrored.scope():
+        model = Classifier(tiny_backbone(), 3, dropout=0.0, seed=1)
+    steps, kept = {}, {}
+
+    class Recorder(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            steps[len(steps)] = [values()]
+
+        def on_train_batch_end(self, batch, logs=None):
+            steps[len(steps) - 1].append(values())
+
+    def values():
+        return [weight.numpy() for weight in model.weights]
+
+    def loader(augmentation):
+        return image_loader(model.backbone.preprocess, splits.white_level, augmentation)
+
+    phases = training.fit_two_phase(
+        model,
+        splits,
+        loader,
+        config,
+        mirrored,
+        callbacks=[Recorder()],
+        on_best=lambda name, model: kept.update({name: values()}),
+        on_end=lambda phase: phase.update(left=values()),
+    )
+    assert [phase["kept"] for phase in phases] == [True, True]
+    for index, phase in enumerate(phases):
+        steps_per_epoch = (len(steps[index]) - 1) // phase["epochs"]
+        averages = steps[index][0]
+        for step, weights in enumerate(steps[index][1 : phase["best_epoch"] * steps_per_epoch + 1], start=1):
+            decay = min(0.6, (1 + step) / (10 + step))
+            averages = [decay * average + (1 - decay) * weight for average, weight in zip(averages, weights)]
+        for average, saved, left in zip(averages, kept[phase["name"]], phase["left"]):
+            np.testing.assert_allclose(left, average, atol=1e-6)
+            np.testing.assert_array_equal(left, saved)
+        assert max(np.abs(raw - left).max() for raw, left in zip(weights, phase["left"])) > 1e-3
+    assert validation_loss(model, splits) == pytest.approx(phases[1]["val_loss"], abs=1e-5)
 
 
 def test_phases_move_what_they_should_and_nothing_else(splits):
@@ -84,7 +181,7 @@ def validation_loss(model, splits):
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_does_not(splits):
-    options = {"dropout": 0.3, "backbone_dropout": 0.3, "augmentation": "flip-crop", "fine_tune_epochs": 2}
+    options = {"dropout": 0.3, "backbone_dropout": 0.3, "head_epochs": 2, "fine_tune_epochs": 2, **ALL_CHANGES}
     _, first = train(splits, **options)
     _, again = train(splits, **options)
     _, other = train(splits, seed=7, **options)
@@ -144,8 +241,6 @@ def test_every_example_counts_once_whatever_the_batch_size(splits, mirrored, bat
 
 
 def test_the_loss_is_kerass_with_label_smoothing():
-    import keras
-
     random = np.random.default_rng(0)
     labels, logits = random.integers(0, 5, 20), random.normal(size=(20, 5)).astype("float32")
     targets = {False: np.eye(5, dtype="float32")[labels], True: random.integers(0, 2, (20, 5)).astype("float32")}

@@ -7,26 +7,15 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import pathlib
 import shutil
 import subprocess
 import sys
-import tempfile
-import time
 
 import numpy as np
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
-PYTHON = sys.executable
-
-
-def graft(*words, timeout=1800):
-    """Run `graft WORDS` in a process of its own; returns the finished process and its seconds."""
-    started = time.perf_counter()
-    command = [PYTHON, "-m", "pipelines", *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
-    return done, time.perf_counter() - started
+from tests.acceptance import tools
+from tests.acceptance.tools import PYTHON, ROOT, graft
 
 
 def train(out, *words):
@@ -203,9 +192,10 @@ def replica_differences(data):
     tf.config.set_logical_device_configuration(cpus[0], [tf.config.LogicalDeviceConfiguration()] * 2)
     from pipelines import training
     from pipelines.config import ImageConfig
-    from pipelines.data import find_images, image_loader, load_images
+    from pipelines.data import image_loader, load_images
     from pipelines.distribute import make_strategy
     from pipelines.image import build_model
+    from pipelines.sources import find_images
 
     splits = load_images(find_images(data))
     mirrored = make_strategy("mirrored", ("CPU:0", "CPU:1"))
@@ -381,21 +371,7 @@ def mistakes(folder):
     }
     if mounted:
         cases["full disk"] = ("--data", good, "--out", full / "run")
-    rows = []
-    before = sorted(place.rglob("*"))
-    for name, words in cases.items():
-        extra = () if "--out" in words else ("--out", place / "run")
-        done, seconds = graft("image", *words, *extra)
-        message = done.stderr.strip().replace(str(place), "...")
-        clean = done.returncode == 2 and "Traceback" not in message and sorted(place.rglob("*")) == before
-        rows.append(
-            (
-                f"6. {name}: {message.splitlines()[0][:110]}",
-                f"exit {done.returncode}, {seconds:.1f} s",
-                "exit 2, < 5 s, nothing written",
-                clean and seconds < 5,
-            )
-        )
+    rows = tools.mistakes("6", place, cases)
     if mounted:
         subprocess.run(["umount", full], check=True)
     return rows
@@ -429,32 +405,8 @@ CHECKS = (
 )
 
 
-def main() -> int:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    wanted = sys.argv[1:]
-    if wanted[:1] == ["--replica-differences"]:
-        print(json.dumps(replica_differences(wanted[1])))
-        return 0
-    lines = ["| what | measured | wanted | |", "|---|---|---|---|"]
-    fine = True
-    with tempfile.TemporaryDirectory(prefix="graft-acceptance-") as name:
-        for check in CHECKS:
-            if wanted and check.__name__ not in wanted:
-                continue
-            print(f"== {check.__name__}", flush=True)
-            for what, measured, expected, holds in check(pathlib.Path(name)):
-                fine &= bool(holds)
-                cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in (what, measured, expected)]
-                lines.append(f"| {' | '.join(cells)} | {'yes' if holds else '**no**'} |")
-                print(lines[-1], flush=True)
-    if not wanted:
-        text = f"# Images: the full list, on commit {commit}\n\n`make acceptance OF=images`, two CPU cores.\n\n"
-        (pathlib.Path(__file__).with_suffix(".md")).write_text(text + "\n".join(lines) + "\n")
-    return 0 if fine else 1
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    if sys.argv[1:2] == ["--replica-differences"]:
+        print(json.dumps(replica_differences(sys.argv[2])))
+    else:
+        sys.exit(tools.run_checks(CHECKS, __file__, "Images"))
