@@ -36,7 +36,7 @@ def mistakes(number: str, place: pathlib.Path, cases: dict, **environment):
     for name, words in cases.items():
         extra = () if "--out" in words else ("--out", place / "run")
         done, seconds = graft("image", *words, *extra, **environment)
-        message = done.stderr.strip().replace(str(place), "...")
+        message = done.stderr.strip().replace(str(place), "...").replace(str(pathlib.Path.home()), "~")
         clean = done.returncode == 2 and "Traceback" not in message and sorted(place.rglob("*")) == before
         rows.append(
             (
