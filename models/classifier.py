@@ -34,13 +34,22 @@ class Classifier(keras.Model):
         self.head.build((None, backbone.feature_size))
         self.built = True
 
-    def features(self, inputs, training=False):
-        """Scaled input -> pooled features [batch, feature_size] float32."""
-        features = run_encoder(self.encoder, inputs, training)
+    def features(self, inputs, training=False, encoder=None):
+        """Scaled input -> pooled features [batch, feature_size] float32.
+
+        `encoder` may be what is left of the backbone above a cut (`models.split`); then `inputs` are the
+        tensors that cross it.
+        """
+        encoder = encoder or self.encoder
+        features = run_encoder(encoder, inputs, training)
         return self.backbone.pooled(keras.ops.cast(features, "float32"))
 
+    def logits(self, features, training=False):
+        """Pooled features -> logits [batch, classes] float32."""
+        return self.head(self.dropout(features, training=training))
+
     def call(self, inputs, training=False):
-        return self.head(self.dropout(self.features(inputs, training), training=training))
+        return self.logits(self.features(inputs, training), training)
 
     @property
     def blocks(self):

@@ -62,6 +62,9 @@ class HeadOptions:
     """Most epochs of phase 1."""
     head_learning_rate: float = 1e-3
     """Learning rate of the head in phase 1."""
+    head_solver: Literal["auto", "sgd"] = "auto"
+    """auto: logistic regression by L-BFGS where features are cached, on one device: seconds, its L2 penalty chosen on
+    validation; epochs, rate and dropout have no part in it. sgd: the training loop, with --optimizer, always."""
 
 
 @dataclasses.dataclass
@@ -70,7 +73,7 @@ class FineTuneOptions:
 
     fine_tune_epochs: int = 4
     """Most epochs of phase 2."""
-    fine_tune_learning_rate: float = 1e-3
+    fine_tune_learning_rate: float = 3e-4
     """Learning rate of the head in phase 2; blocks get less, by the formula above."""
     augmentation: Literal["none", "flip-crop", "rand-augment"] = "flip-crop"
     """Random changes to training images in phase 2: left-right flips and crops; rand-augment adds two of 14 changes
@@ -124,6 +127,23 @@ class TrainingOptions:
 
 
 @dataclasses.dataclass
+class CacheOptions:
+    """What is frozen is computed once, and found again by later runs on the same data."""
+
+    cache: Literal["auto", "memory", "none"] = "auto"
+    """auto: kept on disk for later runs, and read into memory where it fits; memory: gone with the run; none: compute
+    frozen layers in every epoch."""
+    cache_dir: str = ""
+    """Folder of the cache (empty: features/ in ~/.cache/graft; GRAFT_CACHE moves that)."""
+    cache_memory: float = 0.0
+    """Gigabytes that cached activations may take in memory before they are read from disk (0: a quarter of what is
+    free)."""
+    views: int = 0
+    """Different augmentations of each image that are cached for phase 2, taken in turn (0: one per epoch, as without
+    a cache); fewer take less time and space."""
+
+
+@dataclasses.dataclass
 class ReportOptions:
     """What is measured and shown."""
 
@@ -165,6 +185,7 @@ class ImageConfig:
     head: flat(HeadOptions) = dataclasses.field(default_factory=HeadOptions)
     fine_tune: flat(FineTuneOptions) = dataclasses.field(default_factory=FineTuneOptions)
     training: flat(TrainingOptions) = dataclasses.field(default_factory=TrainingOptions)
+    cache: flat(CacheOptions) = dataclasses.field(default_factory=CacheOptions)
     report: flat(ReportOptions) = dataclasses.field(default_factory=ReportOptions)
     run: flat(RunOptions) = dataclasses.field(default_factory=RunOptions)
 
@@ -275,8 +296,8 @@ def check_config(config) -> None:
 
 RANGES = (  # flags, what must hold, how to say it
     (("head_epochs", "batch_size", "accumulation_steps", "patience"), lambda v: v >= 1, "1 or more"),
-    (("fine_tune_epochs", "image_size", "min_per_class", "seed"), lambda v: v >= 0, "0 or more"),
-    (("weight_decay", "clip_norm", "mixup", "cutmix"), lambda v: v >= 0, "0 or more"),
+    (("fine_tune_epochs", "image_size", "min_per_class", "seed", "views"), lambda v: v >= 0, "0 or more"),
+    (("weight_decay", "clip_norm", "mixup", "cutmix", "cache_memory"), lambda v: v >= 0, "0 or more"),
     (("head_learning_rate", "fine_tune_learning_rate"), lambda v: v > 0, "more than 0"),
     (("dropout", "label_smoothing", "warmup", "ema"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
     (("random_erasing",), lambda v: 0 <= v <= 1, "from 0 to 1"),

@@ -150,6 +150,7 @@ def dataset(
     class_count: int,
     batch_size: int,
     epoch: int = 0,
+    view: int | None = None,
     training: bool = False,
     seed: int = 0,
     mixup: float = 0.0,
@@ -161,8 +162,9 @@ def dataset(
     that shapes are static, any batch size works on any number of replicas, and every example counts once.
 
     Args:
-        load: (path, seed [2] int32) -> input of one example; the seed is a function of (seed, epoch, example).
+        load: (path, seed [2] int32) -> input of one example; the seed is a function of (seed, view, example).
         class_count: width of the targets, which are as `targets_of` makes them.
+        view: what augmentation is a function of; the epoch where it is not given.
         training: shuffled by `permutation`, else in the table's order.
         mixup, cutmix: A of Beta(A, A), as `pipelines.augmentation.mix_batch` takes them; 0 for off. Batches are mixed
             here, before they are shared out, so the mixture is the same on any number of replicas.
@@ -171,17 +173,11 @@ def dataset(
 
     from pipelines.augmentation import mix_batch
 
-    count = table.num_rows
-    order = permutation(count, seed, epoch) if training else np.arange(count)
-    padding = -count % batch_size
-    rows = np.concatenate([order, np.full(padding, order[count - count % batch_size] if padding else 0)]).astype(
-        np.int32
-    )
-    real = np.arange(len(rows)) < count
+    rows, real = epoch_rows(table.num_rows, batch_size, epoch, training, seed)
     targets = targets_of(table, class_count)[rows]
     weights = table["weight"].to_numpy()[rows] * real
     paths = np.array(table["path"].to_pylist(), dtype=object)[rows]
-    epoch_seed = np.int32((seed * 1_000_003 + epoch) % (2**31 - 1))
+    epoch_seed = np.int32((seed * 1_000_003 + (epoch if view is None else view)) % (2**31 - 1))
     seeds = np.stack([np.full(len(rows), epoch_seed), rows], axis=1)
 
     @tf.autograph.experimental.do_not_convert
@@ -207,6 +203,50 @@ def dataset(
     if mixup or cutmix:
         batches = batches.enumerate().map(mix, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return batches.prefetch(tf.data.AUTOTUNE)
+
+
+def epoch_rows(count: int, batch_size: int, epoch: int, training: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """The rows of an epoch in full batches, int32, and which of them are real: the padding repeats an example."""
+    order = permutation(count, seed, epoch) if training else np.arange(count)
+    padding = -count % batch_size
+    rows = np.concatenate([order, np.full(padding, order[count - count % batch_size] if padding else 0)])
+    return rows.astype(np.int32), np.arange(len(rows)) < count
+
+
+def cached_dataset(
+    table: pa.Table,
+    arrays,
+    places: np.ndarray,
+    *,
+    class_count: int,
+    batch_size: int,
+    epoch: int = 0,
+    training: bool = False,
+    seed: int = 0,
+):
+    """As `dataset`, the inputs being rows of arrays that were computed before: a tuple of tensors [b, ...] float32.
+
+    Args:
+        arrays: of [m, ...] float32 that take an array of indices: numpy's, or `pipelines.cache.FileRows`.
+        places: [n] int, where in the arrays each row of the table lies.
+    """
+    import tensorflow as tf
+
+    rows, real = epoch_rows(table.num_rows, batch_size, epoch, training, seed)
+    weights = (table["weight"].to_numpy()[rows] * real).astype(np.float32)
+    slices = (places[rows], targets_of(table, class_count)[rows], weights, np.where(real, rows, -1).astype(np.int32))
+    slices = tuple(values.reshape(-1, batch_size, *values.shape[1:]) for values in slices)
+
+    @tf.autograph.experimental.do_not_convert
+    def read(indices, targets, weights, rows):
+        # Python once per batch, not per example: one slice of an array, or one read per row of a file.
+        inputs = tf.numpy_function(lambda indices: [array[indices] for array in arrays], [indices], dtypes)
+        return tuple(tf.ensure_shape(x, s) for x, s in zip(inputs, shapes)), targets, weights, rows
+
+    dtypes = [tf.float32] * len(arrays)
+    shapes = [(batch_size, *array.shape[1:]) for array in arrays]
+    batches = tf.data.Dataset.from_tensor_slices(slices)
+    return batches.map(read, num_parallel_calls=2, deterministic=True).prefetch(tf.data.AUTOTUNE)
 
 
 @functools.cache

@@ -111,10 +111,11 @@ def add_test_figures(phase: dict, splits, logits: np.ndarray) -> None:
         )
         phase["test"]["macro_f1"] = float(figure)
         shown = f"test accuracy {accuracy:.3f}"
-    console.print(
-        f"  {phase['seconds']:.0f} s. Best epoch {phase['best_epoch']} of {phase['epochs']}: "
-        f"validation loss {phase['val_loss']:.3f}, {shown}\n"
-    )
+    best = f"Best epoch {phase['best_epoch']} of {phase['epochs']}"
+    if "solver" in phase:
+        chosen = phase["history"][phase["best_epoch"] - 1]
+        best = f"L-BFGS, L2 penalty {chosen['l2']:.2g}, chosen from {phase['epochs']}"
+    console.print(f"  {phase['seconds']:.0f} s. {best}: validation loss {phase['val_loss']:.3f}, {shown}\n")
 
 
 def print_splits(splits) -> None:

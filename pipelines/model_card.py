@@ -87,6 +87,8 @@ def _names(class_names: list[str]) -> str:
 def _phase_line(phase: dict) -> str:
     what = {"head": "Head only", "fine_tune": "Fine-tuning"}.get(phase["name"], phase["name"])
     kept = f"best epoch {phase['best_epoch']} of {phase['epochs']}" if phase["kept"] else "not kept: no gain"
+    if "solver" in phase:
+        kept = f"L-BFGS with an L2 penalty of {phase['history'][phase['best_epoch'] - 1]['l2']:.2g}"
     return f"- {what}: {phase['trainable_parameters']:,} trainable parameters, {kept}"
 
 

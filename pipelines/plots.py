@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import re
 
 # Drawn in these colours; in the page each becomes a variable, so that one drawing suits light and dark.
@@ -36,7 +37,7 @@ def learning_curve(phases, figure_name) -> str:
     """One figure of every epoch of every phase ("loss" or "accuracy"), training and validation, as SVG.
 
     phases: the report's list of phases; a phase that was not kept is drawn pale. Rings mark the epochs
-    whose weights were kept.
+    whose weights were kept. A phase of L-BFGS comes alone: its axis is iterations, with a dot per penalty.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -50,6 +51,8 @@ def learning_curve(phases, figure_name) -> str:
         for phase in phases:
             history, alpha = phase["history"], 1.0 if phase["kept"] else 0.4
             x = range(start + 1, start + 1 + len(history))
+            if "solver" in phase:
+                x = list(itertools.accumulate(row["iterations"] for row in history))
             for key, colour, line in ((figure_name, ORANGE, "--"), (f"val_{figure_name}", BLUE, "-")):
                 y = [number_or_gap(epoch.get(key)) for epoch in history]
                 axes.plot(x, y, line, color=colour, marker=marker, alpha=alpha, linewidth=1.8)
@@ -66,9 +69,12 @@ def learning_curve(phases, figure_name) -> str:
                 axes.annotate(phase_title(phase["name"]), (position, 1), (5 if start else -5, 4), ha=side,
                               xycoords=("data", "axes fraction"), textcoords="offset points")  # fmt: skip
             start += len(history)
-        axes.set_xlim(0.5, max(epochs, 1) + 0.5)
+        if "solver" in phases[0]:
+            axes.set_xlabel("iteration of L-BFGS (a dot per penalty, strong to weak)")
+        else:
+            axes.set_xlim(0.5, max(epochs, 1) + 0.5)
+            axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("epoch")
         axes.set_ylabel(figure_name)
         if figure_name == "accuracy":
             axes.yaxis.set_major_formatter(lambda share, position: f"{round(100 * share, 2):g}%")

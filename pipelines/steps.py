@@ -78,6 +78,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     loss_scale: LossScale | None = None,
     average: MovingAverage | None = None,
+    forward=None,
 ):
     """A tf.function: distributed batch -> [4] float32: summed weighted loss, weight, correct answers, examples.
 
@@ -88,13 +89,15 @@ def make_train_step(
     Args:
         loss_scale: for float16; a step whose gradients are not finite then changes nothing but the scale.
         average: updated after each update.
+        forward: (inputs, training) -> logits, where the inputs are not the model's own but lie above a cut.
     """
+    forward = forward or model
     parts_of_batch = accumulation_steps * strategy.num_replicas_in_sync
 
     def gradients_of(inputs, targets, weights, rows, total):
         scale = loss_scale.scale if loss_scale else 1.0
         with tf.GradientTape() as tape:
-            logits = model(inputs, training=True)
+            logits = forward(inputs, training=True)
             losses = cross_entropy(targets, logits, model.multi_label, label_smoothing) * weights
             loss = tf.math.divide_no_nan(tf.reduce_sum(losses), total)
             own_loss = tf.add_n([tf.cast(own, tf.float32) for own in model.losses] or [0.0]) / parts_of_batch
@@ -146,11 +149,11 @@ def make_train_step(
     return train_step
 
 
-def make_predict_step(model: Classifier, strategy):
-    """A tf.function: distributed batch -> per-replica (logits [b, classes], rows [b])."""
+def make_predict_step(forward, strategy):
+    """A tf.function: distributed batch -> per-replica (logits [b, classes], rows [b]); forward as in training."""
 
     @tf.function(autograph=False)
     def predict_step(batch):
-        return strategy.run(lambda inputs, targets, weights, rows: (model(inputs, training=False), rows), args=batch)
+        return strategy.run(lambda inputs, targets, weights, rows: (forward(inputs, training=False), rows), args=batch)
 
     return predict_step

@@ -8,8 +8,10 @@ weight of the global batch, so that any number of replicas and of accumulation s
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import time
+from collections.abc import Callable
 
 import keras
 import numpy as np
@@ -22,6 +24,8 @@ from models.precision import LossScale, set_precision
 from pipelines.config import depth_blocks
 from pipelines.console import progress_bar
 from pipelines.data import Splits, dataset, targets_of
+from pipelines.feeds import Feed, Feeds
+from pipelines.head_solver import solve_head
 from pipelines.steps import MovingAverage, cross_entropy, make_predict_step, make_train_step, share_correct
 
 
@@ -40,11 +44,17 @@ def predict_logits(predict_step, strategy, batches, count: int, on_batch=lambda:
 
 
 def predictor(model: Classifier, strategy, load, batch_size: int):
-    """A function: table -> logits [n, classes] float32, with a progress bar; the graph is traced once."""
-    predict_step = make_predict_step(model, strategy)
+    """A function: table -> logits [n, classes] float32 of its images; the graph is traced once."""
+    common = {"class_count": model.head.units, "batch_size": batch_size}
+    return feed_predictor(model, lambda table: dataset(table, load, **common), strategy)
+
+
+def feed_predictor(forward, batches_of, strategy):
+    """As `predictor`, from `forward` and `batches` of a `pipelines.feeds.Feed`; with a progress bar."""
+    predict_step = make_predict_step(forward, strategy)
 
     def logits_of(table) -> np.ndarray:
-        batches = dataset(table, load, class_count=model.head.units, batch_size=batch_size)
+        batches = batches_of(table)
         with progress_bar() as bar:
             task = bar.add_task("evaluating", total=len(batches), note="")
             return predict_logits(predict_step, strategy, batches, table.num_rows, lambda: bar.advance(task))
@@ -76,11 +86,10 @@ def class_weighted(table, class_count: int):
 def fit_phase(
     model: Classifier,
     name: str,
+    feed: Feed,
+    train,
+    val,
     *,
-    train_batches,
-    steps: int,
-    val_batches,
-    val_targets: np.ndarray,
     epochs: int,
     learning_rate: float,
     options,
@@ -96,21 +105,20 @@ def fit_phase(
 
     Args:
         name: "head" or "fine_tune".
-        train_batches: epoch -> tf.data of that epoch, as `pipelines.data.dataset` makes it.
-        steps: batches per epoch.
-        val_batches, val_targets: the validation set in the table's order, and its targets [n, classes].
+        feed: what to train on; train, val: tables of the training and the validation set.
         options: `pipelines.config.TrainingOptions`.
         on_best: called with the model whenever validation has improved, to save it.
         first_epoch: epochs of earlier phases: data order and logs go on from there.
         best_val_loss: what must be beaten; if no epoch does, the model leaves as it came.
 
     Returns:
-        name, epochs, seconds, trainable_parameters, best_epoch (0: none beat the start), kept, learning_rate,
-        val_loss, history (a row per epoch), blocks (the trainable table) and weights (counts of frozen and trainable).
+        What `phase_facts` gives, and history: a row per epoch.
     """
     started = time.perf_counter()
-    optimizer, train_step, average = make_updates(model, learning_rate, steps * epochs, options, strategy)
-    predict_step = make_predict_step(model, strategy)
+    steps = math.ceil(train.num_rows / options.batch_size)
+    val_targets = targets_of(val, model.head.units)
+    optimizer, train_step, average = make_updates(model, feed, learning_rate, steps * epochs, options, strategy)
+    predict_step = make_predict_step(feed.forward, strategy)
     set_dropout_seeds = dropout_seeder(model, options.seed)
     before = freezing.checksums(model)
     moving = freezing.moving_weights(model)
@@ -122,24 +130,26 @@ def fit_phase(
     observers.on_train_begin()
     set_precision(model, options.precision)
     try:
-        for epoch in range(first_epoch, first_epoch + epochs):
+        for epoch in range(epochs):
             epoch_started = time.perf_counter()
-            observers.on_epoch_begin(epoch)
-            batches = strategy.experimental_distribute_dataset(train_batches(epoch))
-            loss, accuracy = train_epoch(train_step, batches, observers, set_dropout_seeds, first_step=epoch * steps)
+            observers.on_epoch_begin(first_epoch + epoch)
+            batches = strategy.experimental_distribute_dataset(feed.train_batches(epoch, first_epoch + epoch))
+            first_step = (first_epoch + epoch) * steps
+            loss, accuracy = train_epoch(train_step, batches, observers, set_dropout_seeds, first_step)
             with average.in_place() if average else contextlib.nullcontext():
-                logits = predict_logits(predict_step, strategy, val_batches, len(val_targets))
+                logits = predict_logits(predict_step, strategy, feed.batches(val), val.num_rows)
                 val_loss, val_accuracy = mean_loss_and_accuracy(val_targets, logits, model.multi_label)
-                check_finite(name, epoch - first_epoch + 1, loss, val_loss, learning_rate)
+                check_finite(name, epoch + 1, loss, val_loss, learning_rate)
                 if val_loss < best_val_loss:
-                    best_val_loss, best_epoch = val_loss, epoch - first_epoch + 1
+                    best_val_loss, best_epoch = val_loss, epoch + 1
                     best_weights = [weight.numpy() for weight in moving]
                     on_best(model)
             row = {"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
             row["learning_rate"] = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-            history.append({"epoch": epoch + 1, **row, "seconds": time.perf_counter() - epoch_started})
-            observers.on_epoch_end(epoch, row)
-            if epoch - first_epoch + 1 - best_epoch >= options.patience or model.stop_training:
+            seconds = time.perf_counter() - epoch_started
+            history.append({"epoch": first_epoch + epoch + 1, **row, "seconds": seconds})
+            observers.on_epoch_end(first_epoch + epoch, row)
+            if epoch + 1 - best_epoch >= options.patience or model.stop_training:
                 break
     finally:  # after Ctrl-C too: the progress bar gives the terminal back
         set_precision(model, "float32")
@@ -148,23 +158,63 @@ def fit_phase(
     moved = freezing.check_moved(model, before)
     for weight, value in zip(moving, best_weights):
         weight.assign(value)
-    rates = optimizers.block_multipliers(model)
     return {
-        "name": name,
+        **phase_facts(model, name, started, learning_rate, moved),
         "epochs": len(history),
-        "seconds": time.perf_counter() - started,
-        "trainable_parameters": sum(int(np.prod(weight.shape)) for weight in model.trainable_weights),
         "best_epoch": best_epoch,
         "kept": best_epoch > 0,
-        "learning_rate": learning_rate,
         "val_loss": best_val_loss,
         "history": history,
-        "blocks": freezing.trainable_table(model, learning_rate, rates),
+    }
+
+
+def phase_facts(model: Classifier, name: str, started: float, learning_rate: float, moved: dict) -> dict:
+    """What is said of every phase: name, seconds since `started`, trainable_parameters, learning_rate, blocks (the
+    trainable table) and weights (counts of frozen and trainable, as `freezing.check_moved` gives them)."""
+    return {
+        "name": name,
+        "seconds": time.perf_counter() - started,
+        "trainable_parameters": sum(int(np.prod(weight.shape)) for weight in model.trainable_weights),
+        "learning_rate": learning_rate,
+        "blocks": freezing.trainable_table(model, learning_rate, optimizers.block_multipliers(model)),
         "weights": moved,
     }
 
 
-def make_updates(model: Classifier, learning_rate: float, total_steps: int, options, strategy):
+def fit_head_by_lbfgs(model: Classifier, feed: Feed, train, val, *, options, on_best=lambda model: None) -> dict:
+    """Phase 1 where the features are at hand: the best logistic regression becomes the head.
+
+    Returns:
+        What `fit_phase` gives, and solver "lbfgs"; history has a row per penalty tried (l2, iterations), and
+        epochs and best_epoch count those. No learning rate, no dropout: the penalty is what regularises.
+    """
+    started = time.perf_counter()
+    before = freezing.checksums(model)
+    classes = model.head.units
+    kernel, bias, path, best = solve_head(
+        feed.features(train),
+        targets_of(train, classes),
+        train["weight"].to_numpy(),
+        feed.features(val),
+        targets_of(val, classes),
+        model.multi_label,
+        options.label_smoothing,
+    )
+    model.head.kernel.assign(kernel)
+    model.head.bias.assign(bias)
+    on_best(model)
+    return {
+        **phase_facts(model, "head", started, 0.0, freezing.check_moved(model, before)),
+        "solver": "lbfgs",
+        "epochs": len(path),
+        "best_epoch": best + 1,
+        "kept": True,
+        "val_loss": path[best]["val_loss"],
+        "history": path,
+    }
+
+
+def make_updates(model: Classifier, feed: Feed, learning_rate: float, total_steps: int, options, strategy):
     """What updates the weights in a phase: the optimizer, the train step and the moving average (None without)."""
     schedule = learning_rate
     if options.schedule == "cosine":
@@ -176,7 +226,14 @@ def make_updates(model: Classifier, learning_rate: float, total_steps: int, opti
         loss_scale = LossScale() if options.precision == "float16" else None
         average = MovingAverage(model, options.ema) if options.ema else None
     train_step = make_train_step(
-        model, optimizer, strategy, options.accumulation_steps, options.label_smoothing, loss_scale, average
+        model,
+        optimizer,
+        strategy,
+        options.accumulation_steps,
+        options.label_smoothing,
+        loss_scale,
+        average,
+        feed.forward,
     )
     return optimizer, train_step, average
 
@@ -237,7 +294,7 @@ def fit_two_phase(
     on_start=None,
     on_best=None,
     on_end=None,
-) -> list[dict]:
+) -> tuple[list[dict], Callable]:
     """Phase 1: the head on the frozen backbone. Phase 2: the top `--depth` blocks too, at reduced rates.
 
     A phase 2 that does not improve validation is undone: the model leaves with the weights of phase 1.
@@ -248,70 +305,48 @@ def fit_two_phase(
         config: `pipelines.config.ImageConfig` or its like.
         on_start: (name, trainable table), before each phase.
         on_best: (name, model), whenever validation has improved.
-        on_end: (phase dict of `fit_phase`), after each phase; it may add to the dict.
+        on_end: (phase dict of `fit_phase`, function of a table -> logits), after each phase; it may add to the dict.
+
+    Returns:
+        The phase dicts, and the last phase's function of a table of the splits -> logits [n, classes].
     """
-    options = config.training
+    options, phases = config.training, []
     check_batch_size(options, strategy.num_replicas_in_sync)
-    class_count = len(splits.class_names)
-    train = class_weighted(splits.train, class_count) if options.class_weights == "balanced" else splits.train
-    common = {
-        "steps": math.ceil(train.num_rows / options.batch_size),
-        "val_batches": dataset(splits.val, loader("none"), class_count=class_count, batch_size=options.batch_size),
-        "val_targets": targets_of(splits.val, class_count),
-        "options": options,
-        "strategy": strategy,
-        "callbacks": callbacks,
-    }
+    train = splits.train
+    if options.class_weights == "balanced":
+        train = class_weighted(train, len(splits.class_names))
+    count = depth_blocks(config.model.depth) if config.fine_tune.fine_tune_epochs else 0
+    cut = len(model.blocks) - count if count else 0
+    feeds = Feeds(model, splits, train, loader, config, strategy)
 
-    def train_batches(load, **mixing):
-        return lambda epoch: dataset(
-            train,
-            load,
-            class_count=class_count,
-            batch_size=options.batch_size,
-            epoch=epoch,
-            training=True,
-            seed=options.seed,
-            **mixing,
-        )
-
-    def run_phase(name, batches, epochs, rate, **more):
+    def run_phase(name, feed, rate, fit, **more):
         if on_start:
             on_start(name, freezing.trainable_table(model, rate, optimizers.block_multipliers(model)))
-        phase = fit_phase(
-            model,
-            name,
-            train_batches=batches,
-            epochs=epochs,
-            learning_rate=rate,
-            on_best=(lambda model: on_best(name, model)) if on_best else lambda model: None,
-            **common,
-            **more,
-        )
+        save = (lambda model: on_best(name, model)) if on_best else lambda model: None
+        phases.append(fit(feed=feed, train=train, val=splits.val, options=options, on_best=save, **more))
+        logits_of = feed_predictor(feed.forward, feed.batches, strategy)
         if on_end:
-            on_end(phase)
-        return phase
+            on_end(phases[-1], logits_of)
+        return logits_of
 
+    by_steps = {"strategy": strategy, "callbacks": callbacks}
     freezing.freeze(model)
-    phases = [run_phase("head", train_batches(loader("none")), config.head.head_epochs, config.head.head_learning_rate)]
-    count = depth_blocks(config.model.depth)
-    if count == 0 or config.fine_tune.fine_tune_epochs == 0:
-        return phases
+    feed, head = feeds.head(cut), config.head
+    if feed.features and head.head_solver == "auto" and strategy.num_replicas_in_sync == 1:
+        logits_of = run_phase("head", feed, 0.0, functools.partial(fit_head_by_lbfgs, model))
+    else:
+        fit = functools.partial(fit_phase, model, "head", epochs=head.head_epochs, **by_steps)
+        rate = head.head_learning_rate
+        logits_of = run_phase("head", feed, rate, fit, learning_rate=rate)
+    if count == 0:
+        return phases, logits_of
+
     if count is None:
         freezing.unfreeze_all(model, config.model.train_batch_norm)
     else:
         freezing.unfreeze_top(model, count, config.model.train_batch_norm)
-    fine_tune = config.fine_tune
-    erasing = {"random_erasing": fine_tune.random_erasing} if fine_tune.random_erasing else {}
-    load = loader(fine_tune.augmentation, **erasing)
-    phases.append(
-        run_phase(
-            "fine_tune",
-            train_batches(load, mixup=fine_tune.mixup, cutmix=fine_tune.cutmix),
-            fine_tune.fine_tune_epochs,
-            fine_tune.fine_tune_learning_rate,
-            first_epoch=phases[0]["epochs"],
-            best_val_loss=phases[0]["val_loss"],
-        )
-    )
-    return phases
+    fit = functools.partial(fit_phase, model, "fine_tune", epochs=config.fine_tune.fine_tune_epochs, **by_steps)
+    rate = config.fine_tune.fine_tune_learning_rate
+    first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
+    more = {"learning_rate": rate, "first_epoch": first_epoch, "best_val_loss": phases[0]["val_loss"]}
+    return phases, run_phase("fine_tune", feeds.fine_tune(cut), rate, fit, **more)

@@ -62,6 +62,18 @@ def png_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """A cache of this session: the fetched weights and data of the real one, no activations of earlier sessions."""
+    from models import offline
+
+    real, own = offline.cache_folder(), tmp_path_factory.mktemp("cache")
+    for name in ("wheels", "unpacked", "data"):
+        (real / name).mkdir(parents=True, exist_ok=True)
+        (own / name).symlink_to(real / name)
+    os.environ["GRAFT_CACHE"] = str(own)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def two_logical_devices():
     """Two logical CPUs, so that `mirrored` can be tested anywhere; must come before TensorFlow starts."""
     import tensorflow as tf

@@ -151,6 +151,7 @@ def train(handle, splits, strategy=None, **options):
     """Both phases; (model, {variable name: value} before, phases)."""
     strategy = strategy or tf.distribute.get_strategy()
     config = ImageConfig()
+    config.cache.cache = "none"
     config.model.depth, config.training.batch_size = options.pop("depth", "1"), 8
     config.model.train_batch_norm = options.pop("train_batch_norm", False)
     config.training.optimizer = options.pop("optimizer", "sgd")
@@ -167,7 +168,7 @@ def train(handle, splits, strategy=None, **options):
             return lambda text, seed: text
         return image_loader(backbone.preprocess, splits.white_level, augmentation)
 
-    return model, before, training.fit_two_phase(model, splits, loader, config, strategy)
+    return model, before, training.fit_two_phase(model, splits, loader, config, strategy)[0]
 
 
 def hub_layer(model) -> HubLayer:

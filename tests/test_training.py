@@ -31,6 +31,7 @@ def make_config(**options):
     config.head.head_learning_rate = config.fine_tune.fine_tune_learning_rate = 0.05
     config.fine_tune.augmentation = "none"
     config.training.batch_size = 8
+    config.cache.cache = "none"
     for name, value in options.items():
         group = next(g for g in dataclasses.fields(config) if hasattr(getattr(config, g.name), name))
         setattr(getattr(config, group.name), name, value)
@@ -47,7 +48,8 @@ def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, **options):
     def loader(augmentation, random_erasing=0.0):
         return image_loader(backbone.preprocess, splits.white_level, augmentation, random_erasing)
 
-    return model, training.fit_two_phase(model, splits, loader, config, strategy)
+    phases, _ = training.fit_two_phase(model, splits, loader, config, strategy)
+    return model, phases
 
 
 ALL_CHANGES = {"augmentation": "rand-augment", "random_erasing": 0.5, "mixup": 0.4, "cutmix": 1.0}
@@ -134,7 +136,7 @@ def test_averaged_weights_are_those_that_are_validated_and_kept(splits, mirrored
     def loader(augmentation):
         return image_loader(model.backbone.preprocess, splits.white_level, augmentation)
 
-    phases = training.fit_two_phase(
+    phases, _ = training.fit_two_phase(
         model,
         splits,
         loader,
@@ -201,13 +203,13 @@ def test_a_fine_tuning_that_makes_validation_worse_is_undone(splits):
     backbone = tiny_backbone()
     model = Classifier(backbone, 3, dropout=0.0)
 
-    def remember(phase):
+    def remember(phase, logits_of):
         saved[phase["name"]] = [weight.numpy() for weight in model.weights]
 
     def loader(augmentation):
         return image_loader(backbone.preprocess, splits.white_level, augmentation)
 
-    phases = training.fit_two_phase(model, splits, loader, config, tf.distribute.get_strategy(), on_end=remember)
+    phases, _ = training.fit_two_phase(model, splits, loader, config, tf.distribute.get_strategy(), on_end=remember)
     assert not phases[1]["kept"] and phases[1]["best_epoch"] == 0
     for after_head, after_fine_tune in zip(saved["head"], saved["fine_tune"]):
         np.testing.assert_array_equal(after_head, after_fine_tune)

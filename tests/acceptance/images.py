@@ -216,7 +216,7 @@ def replica_differences(data):
             def loader(augmentation, preprocess=preprocess):
                 return image_loader(preprocess, 255, augmentation)
 
-            phases = training.fit_two_phase(model, splits, loader, config, strategy)
+            phases, _ = training.fit_two_phase(model, splits, loader, config, strategy)
             losses.append([(row["loss"], row["val_loss"]) for phase in phases for row in phase["history"]])
         result[name] = float(np.abs(np.subtract(*losses)).max())
     return result
