@@ -22,6 +22,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 
+import keras
 import numpy as np
 import psutil
 
@@ -57,7 +58,8 @@ def entry_key(part, preprocess, white_level: int, ids, *changes) -> str:
 
 def graph_without_names(model) -> str:
     """A functional model's graph as JSON, its layers numbered: Keras counts names on and on through a process."""
-    config = model.get_config()
+    # KerasHub's backbones say only what they were made with; a plain model of the same tensors tells the graph.
+    config = keras.Model(model.inputs, model.outputs).get_config()
     numbers = {layer["name"]: index for index, layer in enumerate(config["layers"])}
 
     def renamed(value):

@@ -12,7 +12,9 @@ import pytest
 import tensorflow as tf
 
 from models import GraftError
+from models.backbone import load_backbone
 from models.classifier import Classifier
+from models.split import split
 from pipelines import cache, training
 from pipelines.data import image_loader, load_images, targets_of
 from pipelines.sources import find_images
@@ -150,6 +152,15 @@ def test_the_key_depends_on_all_that_the_numbers_depend_on():
     weight.assign(weight + 1e-6)
     others.append(key(backbone))
     assert len({first, *others}) == 6
+
+
+def test_the_key_of_a_kerashub_backbone_is_the_same_in_every_load(tiny_vit_preset):
+    keys = set()
+    for _ in range(2):
+        backbone = load_backbone(str(tiny_vit_preset))
+        keys.add(cache.entry_key(split(backbone, 2)[0], backbone.preprocess, 255, ["a"]))
+        keys.add(cache.entry_key(backbone.encoder, backbone.preprocess, 255, ["a"]))
+    assert len(keys) == 2
 
 
 def test_opening_an_entry_is_quick(tmp_path):

@@ -144,7 +144,7 @@ def test_averaged_weights_are_those_that_are_validated_and_kept(splits, mirrored
         mirrored,
         callbacks=[Recorder()],
         on_best=lambda name, model: kept.update({name: values()}),
-        on_end=lambda phase: phase.update(left=values()),
+        on_end=lambda phase, logits_of: phase.update(left=values()),
     )
     assert [phase["kept"] for phase in phases] == [True, True]
     for index, phase in enumerate(phases):
