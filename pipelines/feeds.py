@@ -116,10 +116,9 @@ class Feeds:
 
     def pooled_features(self, cut: int) -> Activations | None:
         """Pooled features of all examples; made from the tensors at the cut where phase 2 needs those anyway."""
-        encoder = self.model.encoder
+        crossing = self.crossing_of_all(cut) if cut else None
 
         def compute():
-            crossing = self.crossing_of_all(cut) if cut else None
             if crossing is None:
                 batches, part = dataset(self.examples, self.load(), **self.common), self.model.features
             else:
@@ -128,7 +127,7 @@ class Feeds:
                 part = lambda *inputs: self.model.features(list(inputs), False, suffix)  # noqa: E731
             return self.run(part, [batches], "features")
 
-        return self.kept("features", encoder, self.ids, 1, compute, self.model.backbone.pooling)
+        return self.kept("features", self.model.encoder, self.ids, 1, compute, self.model.backbone.pooling)
 
     def crossing_of_all(self, cut: int) -> Activations | None:
         """The tensors at a cut, of all examples as they are."""

@@ -1,0 +1,162 @@
+"""Graft's two phases against a plain Keras `Model.fit` loop: `python -m tests.benchmarks.two_phase`.
+
+Same backbone (EfficientNet-Lite0), images (4,000 tiles of `textures` at stride 24, 96 px), splits, trainable layers,
+batch and epochs (10 + 5), no augmentation. Each side runs in a process of its own, in alternating order; imports and
+loading weights are outside on both sides, everything from the first file read to the test metrics is inside. The plain
+loop is the official guide's (https://keras.io/guides/transfer_learning): frozen base called with training=False,
+`fit`, thaw, compile again, `fit`; it keeps its decoded images in memory with `cache()`, as the guide does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+
+import numpy as np
+
+from tests.acceptance.tools import PYTHON, ROOT
+
+IMAGES, TEST_IMAGES, SIDE, BATCH, HEAD_EPOCHS, FINE_TUNE_EPOCHS, DEPTH = 4000, 1000, 96, 32, 10, 5, 2
+
+
+def chosen_tiles(seed: int):
+    """The examples of a seed: 3,000 to train and validate with, 1,000 to test with."""
+    from models import offline
+    from pipelines.sources import find_images
+
+    found = find_images(str(offline.image_data_folder("textures", stride=24)))
+    random, chosen = np.random.default_rng(seed), []
+    for split, count in (("train", IMAGES - TEST_IMAGES), ("test", TEST_IMAGES)):
+        part = [example for example in found if example.split == split]
+        chosen += [part[i] for i in sorted(random.choice(len(part), min(count, len(part)), replace=False))]
+    return chosen
+
+
+def build(seed: int):
+    import dataclasses
+
+    from models.classifier import Classifier
+    from models.efficientnet_lite import load_efficientnet_lite0
+
+    backbone = load_efficientnet_lite0()
+    backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=(SIDE, SIDE))
+    return backbone, lambda classes: Classifier(backbone, classes, 0.2, seed)
+
+
+def graft_side(seed: int, cache_dir: str) -> dict:
+    import tensorflow as tf
+
+    from pipelines.config import ImageConfig
+    from pipelines.data import image_loader, load_images, targets_of
+    from pipelines.training import fit_two_phase, mean_loss_and_accuracy
+
+    tf.keras.utils.set_random_seed(seed)
+    found, (backbone, classifier) = chosen_tiles(seed), build(seed)
+    config = ImageConfig()
+    config.training.seed, config.training.batch_size, config.training.patience = seed, BATCH, 99
+    config.model.depth, config.fine_tune.augmentation = str(DEPTH), "none"
+    config.head.head_epochs, config.fine_tune.fine_tune_epochs = HEAD_EPOCHS, FINE_TUNE_EPOCHS
+    config.cache.cache_dir = cache_dir
+
+    started, marks = time.perf_counter(), []
+    splits = load_images(found)
+    model = classifier(len(splits.class_names))
+
+    def loader(augmentation):
+        return image_loader(backbone.preprocess, splits.white_level, augmentation)
+
+    def on_end(phase, logits_of):
+        marks.append(time.perf_counter() - started)
+
+    strategy = tf.distribute.get_strategy()
+    _, logits_of = fit_two_phase(model, splits, loader, config, strategy, on_end=on_end)
+    logits = logits_of(splits.test)
+    _, accuracy = mean_loss_and_accuracy(targets_of(splits.test, len(splits.class_names)), logits, False)
+    return {"phase_1": marks[0], "total": time.perf_counter() - started, "accuracy": accuracy}
+
+
+def plain_side(seed: int, cache_dir: str) -> dict:
+    import keras
+    import tensorflow as tf
+
+    from pipelines.data import image_loader, load_images
+
+    keras.utils.set_random_seed(seed)
+    found, (backbone, _) = chosen_tiles(seed), build(seed)
+    splits = load_images(found)  # the same splits; its time is not the plain loop's
+    load = image_loader(backbone.preprocess, splits.white_level)
+
+    started = time.perf_counter()
+
+    def batches(table, shuffle=False):
+        slices = (table["path"].to_pylist(), table["label"].to_numpy())
+        data = tf.data.Dataset.from_tensor_slices(slices)
+        data = data.map(lambda path, label: (load(path, tf.zeros([2], tf.int32)), label), tf.data.AUTOTUNE).cache()
+        if shuffle:
+            data = data.shuffle(table.num_rows, seed=seed)
+        return data.batch(BATCH).prefetch(tf.data.AUTOTUNE)
+
+    train, val, test = batches(splits.train, True), batches(splits.val), batches(splits.test)
+    base = backbone.encoder
+    base.trainable = False
+    inputs = keras.Input((SIDE, SIDE, 3))
+    x = keras.layers.GlobalAveragePooling2D()(base(inputs, training=False))
+    outputs = keras.layers.Dense(len(splits.class_names))(keras.layers.Dropout(0.2)(x))
+    model = keras.Model(inputs, outputs)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(1e-3), loss, metrics=["accuracy"])
+    model.fit(train, epochs=HEAD_EPOCHS, validation_data=val, verbose=0)
+    phase_1 = time.perf_counter() - started
+    base.trainable = True
+    thawed = {id(layer) for block in backbone.blocks[-DEPTH:] for layer in block.layers}
+    for layer in base.layers:
+        layer.trainable = id(layer) in thawed and not isinstance(layer, keras.layers.BatchNormalization)
+    model.compile(keras.optimizers.Adam(1e-4), loss, metrics=["accuracy"])  # the guide has 1e-5, which learns less
+    model.fit(train, epochs=FINE_TUNE_EPOCHS, validation_data=val, verbose=0)
+    _, accuracy = model.evaluate(test, verbose=0)
+    return {"phase_1": phase_1, "total": time.perf_counter() - started, "accuracy": accuracy}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=int, default=3, help="runs of each side, with seeds 0, 1, ...")
+    parser.add_argument("--side", choices=["graft", "plain"], help=argparse.SUPPRESS)
+    parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--cache-dir", default="", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side:
+        side = graft_side if options.side == "graft" else plain_side
+        print(json.dumps(side(options.seed, options.cache_dir)))
+        return 0
+    results = {"graft": [], "plain": []}
+    print("side    seed   phase 1   both phases   test accuracy")
+    for seed in range(options.runs):
+        for side in ("graft", "plain") if seed % 2 == 0 else ("plain", "graft"):
+            with tempfile.TemporaryDirectory() as cache_dir:
+                command = [PYTHON, "-m", "tests.benchmarks.two_phase", "--side", side, "--seed", str(seed)]
+                done = subprocess.run(
+                    [*command, "--cache-dir", cache_dir], cwd=ROOT, capture_output=True, text=True, check=False
+                )
+            if done.returncode:
+                sys.exit(done.stderr)
+            row = json.loads(done.stdout.splitlines()[-1])
+            results[side].append(row)
+            figures = f"{row['phase_1']:7.1f} s   {row['total']:9.1f} s   {row['accuracy']:.3f}"
+            print(f"{side:7} {seed:4}   {figures}", flush=True)
+
+    def middle(side, figure):
+        return float(np.median([row[figure] for row in results[side]]))
+
+    ratios = {figure: middle("plain", figure) / middle("graft", figure) for figure in ("phase_1", "total")}
+    accuracies = {side: np.mean([row["accuracy"] for row in rows]) for side, rows in results.items()}
+    print(f"medians: {ratios['phase_1']:.1f} times sooner in phase 1, {ratios['total']:.1f} times over both phases")
+    print(f"mean test accuracy: Graft {accuracies['graft']:.3f}, plain {accuracies['plain']:.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
