@@ -20,7 +20,8 @@ import tyro
 from models import GraftError
 from pipelines import facts, runs
 from pipelines.console import console, progress_bar
-from pipelines.data import content_id, targets_of
+from pipelines.data import targets_of
+from pipelines.inspections import content_id
 from pipelines.manifests import Example
 from pipelines.mistakes import worst_mistakes
 from pipelines.sources import IMAGE_SUFFIXES, find_images, is_multi_label

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import hashlib
-import pathlib
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +11,7 @@ import pyarrow.compute
 
 from models import GraftError
 from pipelines.console import progress_bar
+from pipelines.inspections import inspect_files
 from pipelines.manifests import Example
 from pipelines.sources import drop_small_classes, is_multi_label
 from pipelines.splits import fingerprint, make_splits
@@ -63,7 +61,7 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
     paths = [example.path for example in found]
     with progress_bar() as bar:
         task = bar.add_task("reading images", total=len(paths), note="")
-        facts = inputs.inspect_images(paths, progress=lambda done: bar.update(task, completed=done))
+        facts = inspect_files(paths, progress=lambda done: bar.update(task, completed=done))
     skipped = [{"path": path, "reason": fact["error"]} for path, fact in zip(paths, facts) if fact["error"]]
     limit = max(len(paths) // 100, 3)
     if len(skipped) > limit:
@@ -89,12 +87,10 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
             f"{rotated} images carry an EXIF rotation. It is ignored, in training and in serving alike: "
             f"rotate the pixels if up matters."
         )
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        ids = list(pool.map(content_id, [example.path for example in kept]))
     index_of = {name: index for index, name in enumerate(class_names)}
     rows = []
-    for example, identity in zip(kept, ids):
-        indices = sorted(index_of[label] for label in example.labels)
+    for example, fact in zip(kept, facts):
+        identity, indices = fact["id"], sorted(index_of[label] for label in example.labels)
         rows.append(
             {
                 "id": identity,
@@ -116,11 +112,6 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
         skipped=skipped,
         warnings=warnings,
     )
-
-
-def content_id(path: str) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of a file's bytes."""
-    return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
 
 
 # ---------------------------------------------------------------- tf.data

@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from models import GraftError
 from pipelines.config import config_yaml
-from pipelines.data import content_id
+from pipelines.inspections import content_id
 from pipelines.splits import SPLIT_NAMES, labels_of
 
 CHECKPOINTS = (

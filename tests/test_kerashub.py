@@ -148,7 +148,7 @@ def test_a_family_without_a_pattern_is_cut_by_its_graph(tmp_path):
     assert trained == {"stack2_block1_1_conv", "stack2_block1_2_conv"}
 
 
-@pytest.mark.parametrize("preset", ["tiny_resnet_preset", "tiny_vit_preset"])
+@pytest.mark.parametrize("preset", ["tiny_resnet_preset", "tiny_vit_preset", "tiny_mobilenet_preset"])
 def test_the_presets_own_classifier_is_kept(preset, request, tmp_path):
     original = request.getfixturevalue(preset)
     encoder = keras_hub.models.Backbone.from_preset(str(original))
@@ -193,7 +193,7 @@ def test_an_image_model_that_gives_no_single_feature_map_says_so(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", ["tiny_resnet_preset", "tiny_vit_preset"])
+@pytest.mark.parametrize("preset", ["tiny_resnet_preset", "tiny_vit_preset", "tiny_mobilenet_preset"])
 def test_both_phases_export_and_verification(preset, request, png_folder, tmp_path):
     from pipelines import image
     from pipelines.config import parse_config

@@ -47,7 +47,7 @@ def build(seed: int):
     return backbone, lambda classes: Classifier(backbone, classes, 0.2, seed)
 
 
-def graft_side(seed: int, cache_dir: str) -> dict:
+def graft_side(seed: int, cache_dir: str, depth: str = str(DEPTH), label_smoothing: float = 0.0) -> dict:
     import tensorflow as tf
 
     from pipelines.config import ImageConfig
@@ -58,7 +58,8 @@ def graft_side(seed: int, cache_dir: str) -> dict:
     found, (backbone, classifier) = chosen_tiles(seed), build(seed)
     config = ImageConfig()
     config.training.seed, config.training.batch_size, config.training.patience = seed, BATCH, 99
-    config.model.depth, config.fine_tune.augmentation = str(DEPTH), "none"
+    config.training.label_smoothing = label_smoothing
+    config.model.depth, config.fine_tune.augmentation = depth, "none"
     config.head.head_epochs, config.fine_tune.fine_tune_epochs = HEAD_EPOCHS, FINE_TUNE_EPOCHS
     config.cache.cache_dir = cache_dir
 

@@ -1,0 +1,89 @@
+"""What is known of image files that have not changed since they were last decoded: a second run need not look again."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import sqlite3
+
+from models import offline
+
+FORMAT = 1  # raise it when `models.inputs.inspect_images` says other things of the same file
+AT_ONCE = 500  # paths per query: SQLite takes 999 parameters everywhere
+
+
+def inspect_files(paths: list[str], progress=lambda done: None) -> list[dict]:
+    """As `models.inputs.inspect_images` says of each file, in order, and `id`: its content hash, "" where unreadable.
+
+    What was found is kept in Graft's cache under the file's absolute path, size and time of change (nanoseconds); a
+    file for which these are the same is not read again. TensorFlow starts only where something is new.
+    """
+    stamps = [_stamp(path) for path in paths]
+    with contextlib.closing(_open()) as known:
+        found = _known(known, stamps)
+        new = [index for index, stamp in enumerate(stamps) if stamp not in found]
+        progress(len(paths) - len(new))
+        if new:
+            from models import inputs  # TensorFlow
+
+            done_before = len(paths) - len(new)
+            facts = inputs.inspect_images([paths[i] for i in new], lambda done: progress(done_before + done))
+            with concurrent.futures.ThreadPoolExecutor() as pool:
+                ids = list(pool.map(content_id, [paths[i] for i in new]))
+            fresh = {i: {**fact, "id": identity} for i, fact, identity in zip(new, facts, ids)}
+            rows = [(*stamps[i], FORMAT, json.dumps(fact)) for i, fact in fresh.items() if stamps[i] and fact["id"]]
+            with contextlib.suppress(sqlite3.Error), known:  # a cache that cannot be written is no reason to stop
+                known.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
+        else:
+            fresh = {}
+    return [fresh[index] if index in fresh else found[stamp] for index, stamp in enumerate(stamps)]
+
+
+def content_id(path: str) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a file's bytes; "" where it cannot be read."""
+    try:
+        return hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()[:16]
+    except OSError:
+        return ""
+
+
+def _stamp(path: str) -> tuple[str, int, int] | None:
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None
+    return os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+
+
+def _open() -> sqlite3.Connection:
+    """The table of what is known; one in memory where the cache cannot be used."""
+    file = offline.cache_folder() / "inspected.sqlite"
+    table = (
+        "CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY, size INTEGER, changed INTEGER, format INTEGER, "
+        "facts TEXT)"
+    )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        connection = sqlite3.connect(file, timeout=5)
+        connection.execute(table)
+    except (OSError, sqlite3.Error):
+        connection = sqlite3.connect(":memory:")
+        connection.execute(table)
+    return connection
+
+
+def _known(connection, stamps) -> dict[tuple, dict]:
+    """{stamp: facts} of those files that are known as they are now."""
+    found, paths = {}, [stamp[0] for stamp in stamps if stamp]
+    with contextlib.suppress(sqlite3.Error):  # a damaged file knows nothing
+        for start in range(0, len(paths), AT_ONCE):
+            part = paths[start : start + AT_ONCE]
+            places = ",".join("?" * len(part))
+            query = f"SELECT path, size, changed, facts FROM files WHERE format = ? AND path IN ({places})"
+            for path, size, changed, facts in connection.execute(query, (FORMAT, *part)):
+                found[path, size, changed] = json.loads(facts)
+    return found
