@@ -126,7 +126,7 @@ def kills(folder):
     same = all(abs(after[name] - clean[name]) < 5e-5 for name in ("accuracy", "loss"))
     return [
         (
-            "6. ten runs killed: half-written folders left by kills, whole entries, half-written ones after the next run",
+            "6. ten runs killed: half-written folders left by kills, whole entries, half-written after the next run",
             f"{left}, {whole}, {abandoned}",
             "printed, printed, 0",
             abandoned == 0,
