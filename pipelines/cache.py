@@ -45,7 +45,7 @@ def entry_key(part, preprocess, white_level: int, ids, *changes) -> str:
         part: functional keras.Model whose outputs are kept; its graph and its weights count.
         preprocess, white_level: how files become its input.
         ids: content hash of each example, in the order of the rows.
-        changes: what else they depend on: pooling, augmentation, views, seed.
+        changes: what else they depend on: pooling, augmentation, view, seed.
     """
     digest = hashlib.sha256()
     facts = [FORMAT, graph_without_names(part), dataclasses.asdict(preprocess), white_level, changes]
@@ -98,7 +98,6 @@ class Activations:
     """Activations of a set of examples: one array [rows, ...] per tensor, in memory or in files."""
 
     arrays: list  # of np.ndarray or FileRows
-    views: int  # row = view * examples + example
     where: str  # "memory" or the entry's folder
     found: bool  # written by an earlier run
     seconds: float  # to compute, or to open
@@ -116,7 +115,6 @@ def activations(
     root: pathlib.Path | None,
     key: str,
     count: int,
-    views: int,
     compute: Callable[[], Iterator[list[np.ndarray]]],
     memory_bytes: float | None = None,
 ) -> Activations | None:
@@ -124,7 +122,7 @@ def activations(
 
     Args:
         root: folder of entries; None keeps everything in memory.
-        count: examples; there are count * views rows.
+        count: examples, and rows of each array.
         compute: gives the rows in order, batch by batch: one array [b, ...] float32 per tensor.
         memory_bytes: what may be held in memory (None: a quarter of what is free now).
 
@@ -136,17 +134,17 @@ def activations(
         memory_bytes = MEMORY_SHARE * psutil.virtual_memory().available
     if root is not None:
         remove_abandoned(root)
-        arrays = open_entry(root / key, count * views, memory_bytes)
+        arrays = open_entry(root / key, count, memory_bytes)
         if arrays:
-            return Activations(arrays, views, str(root / key), True, time.perf_counter() - started)
+            return Activations(arrays, str(root / key), True, time.perf_counter() - started)
     batches = compute()
     first = next(batches)
-    shapes = [(count * views, *array.shape[1:]) for array in first]
+    shapes = [(count, *array.shape[1:]) for array in first]
     size = sum(4 * math.prod(shape) for shape in shapes)
     written = root is not None and size <= DISK_SHARE * free_bytes(root)
     if written and write_entry(root / key, shapes, itertools.chain([first], batches)):
-        arrays = open_entry(root / key, count * views, memory_bytes)
-        return Activations(arrays, views, str(root / key), False, time.perf_counter() - started)
+        arrays = open_entry(root / key, count, memory_bytes)
+        return Activations(arrays, str(root / key), False, time.perf_counter() - started)
     if size > memory_bytes:
         return None
     if written:  # the disk filled up meanwhile, and took the rows with it
@@ -157,7 +155,7 @@ def activations(
         for array, rows in zip(arrays, batch, strict=True):
             array[place : place + len(rows)] = rows
         place += len(batch[0])
-    return Activations(arrays, views, "memory", False, time.perf_counter() - started)
+    return Activations(arrays, "memory", False, time.perf_counter() - started)
 
 
 def open_entry(folder: pathlib.Path, count: int, memory_bytes: float) -> list | None:

@@ -138,9 +138,9 @@ class CacheOptions:
     cache_memory: float = 0.0
     """Gigabytes that cached activations may take in memory before they are read from disk (0: a quarter of what is
     free)."""
-    views: int = 0
-    """Different augmentations of each image that are cached for phase 2, taken in turn (0: one per epoch, as without
-    a cache); fewer take less time and space."""
+    views: int = 4
+    """Different augmentations of each image that are cached for phase 2, taken in turn; each is computed when its epoch
+    comes. As many as epochs is as without a cache; fewer take less time and space."""
 
 
 @dataclasses.dataclass
@@ -295,8 +295,8 @@ def check_config(config) -> None:
 
 
 RANGES = (  # flags, what must hold, how to say it
-    (("head_epochs", "batch_size", "accumulation_steps", "patience"), lambda v: v >= 1, "1 or more"),
-    (("fine_tune_epochs", "image_size", "min_per_class", "seed", "views"), lambda v: v >= 0, "0 or more"),
+    (("head_epochs", "batch_size", "accumulation_steps", "patience", "views"), lambda v: v >= 1, "1 or more"),
+    (("fine_tune_epochs", "image_size", "min_per_class", "seed"), lambda v: v >= 0, "0 or more"),
     (("weight_decay", "clip_norm", "mixup", "cutmix", "cache_memory"), lambda v: v >= 0, "0 or more"),
     (("head_learning_rate", "fine_tune_learning_rate"), lambda v: v > 0, "more than 0"),
     (("dropout", "label_smoothing", "warmup", "ema"), lambda v: 0 <= v < 1, "0 or more and less than 1"),

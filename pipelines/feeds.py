@@ -22,6 +22,8 @@ from pipelines.cache import Activations
 from pipelines.console import console, progress_bar
 from pipelines.data import Splits, cached_dataset, dataset
 
+UNCHANGED = ("none", 0.0)  # augmentation and random erasing
+
 
 @dataclasses.dataclass
 class Feed:
@@ -38,7 +40,7 @@ class Feeds:
 
     def __init__(self, model: Classifier, splits: Splits, train: pa.Table, loader, config, strategy):
         """`train` is the training table with the weights that count; `loader` as for `fit_two_phase`."""
-        self.model, self.white_level, self.train, self.loader = model, splits.white_level, train, loader
+        self.model, self.splits, self.train, self.loader = model, splits, train, loader
         self.fine_tuning, self.options, self.seed = config.fine_tune, config.cache, config.training.seed
         self.strategy = strategy
         self.common = {"class_count": len(splits.class_names), "batch_size": config.training.batch_size}
@@ -72,27 +74,30 @@ class Feeds:
 
     def fine_tune(self, cut: int) -> Feed:
         """Phase 2, on the tensors that cross the cut below block number `cut`."""
-        options, views = self.fine_tuning, 1
+        options = self.fine_tuning
         changes, mixing = (options.augmentation, options.random_erasing), (options.mixup, options.cutmix)
-        plain = train = None
+        plain = first = None
         # Blends of images are not blends of what a network makes of them.
         if cut and self.options.cache != "none" and not any(mixing):
-            plain = train = self.crossing_of_all(cut)
-        if plain and changes != ("none", 0.0):
-            views = min(self.options.views or options.fine_tune_epochs, options.fine_tune_epochs)
-            train = self.crossing(cut, self.train, views, *changes)
-        if train is None:
+            plain = first = self.crossing_of_all(cut)
+        changed = changes != UNCHANGED
+        if plain and changed:
+            first = self.crossing(cut, self.train, 0, *changes)
+        if first is None:
             return self.whole(*changes, mixup=options.mixup, cutmix=options.cutmix)
         _, suffix = split(self.model.backbone, cut)
+        views = {0: first}  # each is made when its epoch comes: a phase that stops early needs no more
 
         def forward(inputs, training=False):
             return self.model.logits(self.model.features(list(inputs), training, suffix), training)
 
         def train_batches(view, epoch):
-            if train is plain:
+            if not changed:
                 return self.cached(plain, self.train, epoch)
-            places = (view % views) * self.train.num_rows + np.arange(self.train.num_rows)
-            return self.cached(train, self.train, epoch, places)
+            number = view % self.options.views
+            if number not in views:
+                views[number] = self.crossing(cut, self.train, number, *changes) or first
+            return self.cached(views[number], self.train, epoch, np.arange(self.train.num_rows))
 
         return Feed(forward, train_batches, lambda table: self.cached(plain, table))
 
@@ -125,43 +130,39 @@ class Feeds:
                 _, suffix = split(self.model.backbone, cut)
                 batches = self.cached(crossing, self.examples)
                 part = lambda *inputs: self.model.features(list(inputs), False, suffix)  # noqa: E731
-            return self.run(part, [batches], "features")
+            return self.run(part, batches, "features")
 
-        return self.kept("features", self.model.encoder, self.ids, 1, compute, self.model.backbone.pooling)
+        return self.kept("features", self.model.encoder, self.ids, compute, self.model.backbone.pooling)
 
     def crossing_of_all(self, cut: int) -> Activations | None:
         """The tensors at a cut, of all examples as they are."""
         if cut not in self.crossings:
-            self.crossings[cut] = self.crossing(cut, self.examples, 1)
+            self.crossings[cut] = self.crossing(cut, self.examples)
         return self.crossings[cut]
 
-    def crossing(self, cut, table, views, augmentation="none", random_erasing=0.0) -> Activations | None:
-        """The tensors at a cut, of a table's examples in so many views; None where they cannot be had or kept."""
+    def crossing(self, cut, table, view=0, augmentation="none", random_erasing=0.0) -> Activations | None:
+        """The tensors at a cut, of one view of a table's examples; None where they cannot be had or kept."""
         try:
             prefix, _ = split(self.model.backbone, cut)
         except ValueError:  # all of the backbone is one layer
             return None
-        changed = (augmentation, random_erasing) != ("none", 0.0)
+        changed = (augmentation, random_erasing) != UNCHANGED
         load = self.load(augmentation, random_erasing)
 
         def compute():
-            passes = [dataset(table, load, view=view, seed=self.seed, **self.common) for view in range(views)]
-            return self.run(lambda images: run_encoder(prefix, images, training=False), passes, "frozen blocks")
+            batches = dataset(table, load, view=view, seed=self.seed, **self.common)
+            return self.run(lambda images: run_encoder(prefix, images, training=False), batches, "frozen blocks")
 
-        changes = (augmentation, random_erasing, views, self.seed) if changed else ()
-        name = (
-            f"{views} view{'s' if views > 1 else ''} below {self.model.blocks[cut].name}"
-            if changed
-            else (f"activations below {self.model.blocks[cut].name}")
-        )
-        return self.kept(name, prefix, ids_of(table), views, compute, *changes)
+        changes = (augmentation, random_erasing, view, self.seed) if changed else ()
+        name = f"view {view + 1}" if changed else "activations"
+        return self.kept(f"{name} below {self.model.blocks[cut].name}", prefix, ids_of(table), compute, *changes)
 
-    def kept(self, name, part, ids, views, compute, *changes) -> Activations | None:
+    def kept(self, name, part, ids, compute, *changes) -> Activations | None:
         """What the cache has or keeps under this part, these examples and these changes; says so."""
         root = cache.cache_root(self.options.cache_dir) if self.options.cache == "auto" else None
-        key = cache.entry_key(part, self.model.backbone.preprocess, self.white_level, ids, *changes)
+        key = cache.entry_key(part, self.model.backbone.preprocess, self.splits.white_level, ids, *changes)
         memory_bytes = self.options.cache_memory * 1e9 or None
-        found = cache.activations(root, key, len(ids), views, compute, memory_bytes)
+        found = cache.activations(root, key, len(ids), compute, memory_bytes)
         if found is None:
             console.print(f"  {name}: larger than memory and disk allow; computed anew in every epoch")
             return None
@@ -170,9 +171,9 @@ class Feeds:
         console.print(f"  {name}: {did} ({size})")
         return found
 
-    def run(self, part, passes, what: str):
-        """Run a frozen part over batches, one pass after the other; yields a list of arrays per batch, no padding."""
-        shapes = [spec.shape[1:] for spec in tf.nest.flatten(passes[0].element_spec[0])]
+    def run(self, part, batches, what: str):
+        """Run a frozen part over batches; yields a list of arrays per batch, without the padding."""
+        shapes = [spec.shape[1:] for spec in tf.nest.flatten(batches.element_spec[0])]
         if self.strategy.num_replicas_in_sync == 1:
             frozen = frozen_function(part, shapes)
 
@@ -188,13 +189,12 @@ class Feeds:
                 return self.strategy.run(on_replica, args=batch)
 
         with progress_bar() as bar:
-            task = bar.add_task(what, total=sum(len(batches) for batches in passes), note="")
-            for batches in passes:
-                for batch in self.strategy.experimental_distribute_dataset(batches):
-                    outputs, rows = step(batch)
-                    real = gathered(self.strategy, rows) >= 0
-                    yield [gathered(self.strategy, output)[real] for output in outputs]
-                    bar.advance(task)
+            task = bar.add_task(what, total=len(batches), note="")
+            for batch in self.strategy.experimental_distribute_dataset(batches):
+                outputs, rows = step(batch)
+                real = gathered(self.strategy, rows) >= 0
+                yield [gathered(self.strategy, output)[real] for output in outputs]
+                bar.advance(task)
 
 
 def gathered(strategy, value) -> np.ndarray:

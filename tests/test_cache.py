@@ -48,7 +48,7 @@ def test_an_entry_is_computed_once_and_found_again(tmp_path):
     arrays = rows_of(10)
     compute = Computing(arrays)
     for found in (False, True, True):
-        result = cache.activations(tmp_path, "key", 10, 1, compute)
+        result = cache.activations(tmp_path, "key", 10, compute)
         assert result.found == found and result.in_memory and result.where == str(tmp_path / "key")
         for array, expected in zip(result.arrays, arrays):
             np.testing.assert_array_equal(array[np.array([7, 0, 7])], expected[[7, 0, 7]])
@@ -58,13 +58,13 @@ def test_an_entry_is_computed_once_and_found_again(tmp_path):
 
 def test_beyond_the_memory_budget_rows_are_read_from_files(tmp_path):
     arrays = rows_of(10)
-    result = cache.activations(tmp_path, "key", 5, 2, Computing(arrays), memory_bytes=100)
-    assert not result.in_memory and result.views == 2
+    result = cache.activations(tmp_path, "key", 10, Computing(arrays), memory_bytes=100)
+    assert not result.in_memory
     order = np.random.default_rng(1).permutation(10)
     for array, expected in zip(result.arrays, arrays):
         np.testing.assert_array_equal(array[order], expected[order])
-    assert cache.activations(None, "key", 5, 2, Computing(arrays), memory_bytes=100) is None
-    kept = cache.activations(None, "key", 5, 2, Computing(arrays))
+    assert cache.activations(None, "key", 10, Computing(arrays), memory_bytes=100) is None
+    kept = cache.activations(None, "key", 10, Computing(arrays))
     assert kept.where == "memory"
     np.testing.assert_array_equal(kept.arrays[1], arrays[1])
 
@@ -72,7 +72,7 @@ def test_beyond_the_memory_budget_rows_are_read_from_files(tmp_path):
 @pytest.mark.parametrize("damage", ["cut", "missing", "other shape"])
 def test_a_damaged_entry_is_made_again(tmp_path, damage):
     arrays = rows_of(10)
-    cache.activations(tmp_path, "key", 10, 1, Computing(arrays))
+    cache.activations(tmp_path, "key", 10, Computing(arrays))
     file = tmp_path / "key" / "1.npy"
     if damage == "cut":
         os.truncate(file, file.stat().st_size - 1)
@@ -81,7 +81,7 @@ def test_a_damaged_entry_is_made_again(tmp_path, damage):
     else:
         np.save(file, arrays[1][:9])
     compute = Computing(arrays)
-    result = cache.activations(tmp_path, "key", 10, 1, compute)
+    result = cache.activations(tmp_path, "key", 10, compute)
     assert compute.calls == 1 and not result.found
     np.testing.assert_array_equal(result.arrays[1], arrays[1])
 
@@ -92,7 +92,7 @@ def test_a_writer_that_fails_leaves_nothing(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        cache.activations(tmp_path, "key", 10, 1, compute)
+        cache.activations(tmp_path, "key", 10, compute)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -105,7 +105,7 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_one_clears_up(tmp_path):
             yield [array[:4] for array in rows_of(10)]
             print("writing", flush=True)
             time.sleep(60)
-        cache.activations(pathlib.Path({str(tmp_path)!r}), "key", 10, 1, compute)
+        cache.activations(pathlib.Path({str(tmp_path)!r}), "key", 10, compute)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "writing\n"
@@ -114,7 +114,7 @@ def test_a_killed_writer_leaves_no_entry_and_the_next_one_clears_up(tmp_path):
     process.stdout.close()
     assert [folder.name.startswith(".tmp-") for folder in tmp_path.iterdir()] == [True]
     compute = Computing(rows_of(10))
-    cache.activations(tmp_path, "key", 10, 1, compute)
+    cache.activations(tmp_path, "key", 10, compute)
     assert compute.calls == 1 and [folder.name for folder in tmp_path.iterdir()] == ["key"]
 
 
@@ -129,14 +129,14 @@ def test_a_full_disk_falls_back_to_memory(small_disk):
             taken.append((small_disk / "more").write_bytes(b"0" * 300_000))
         yield arrays
 
-    result = cache.activations(small_disk, "key", 400, 1, compute)
+    result = cache.activations(small_disk, "key", 400, compute)
     assert result.where == "memory" and not (small_disk / "key").exists()
 
 
 def test_a_place_that_cannot_be_made_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(GraftError, match="cache cannot be kept in .*--cache-dir"):
-        cache.activations(tmp_path / "file" / "x", "key", 10, 1, Computing(rows_of(10)))
+        cache.activations(tmp_path / "file" / "x", "key", 10, Computing(rows_of(10)))
 
 
 def test_the_key_depends_on_all_that_the_numbers_depend_on():
@@ -165,9 +165,9 @@ def test_the_key_of_a_kerashub_backbone_is_the_same_in_every_load(tiny_vit_prese
 
 def test_opening_an_entry_is_quick(tmp_path):
     arrays = [np.zeros((2000, 1280), np.float32)]
-    cache.activations(tmp_path, "key", 2000, 1, Computing(arrays, 64))
+    cache.activations(tmp_path, "key", 2000, Computing(arrays, 64))
     started = time.perf_counter()
-    result = cache.activations(tmp_path, "key", 2000, 1, Computing(arrays, 64))
+    result = cache.activations(tmp_path, "key", 2000, Computing(arrays, 64))
     assert result.found and result.seconds < 1 and time.perf_counter() - started < 1
 
 
@@ -204,7 +204,9 @@ def test_cached_and_uncached_runs_agree(splits, tmp_path, augmentation):
         phases, logits = train(splits, **{"cache": "auto", **options}, **common)
         np.testing.assert_allclose(losses(phases), losses(plain[0]), atol=1e-5)
         np.testing.assert_allclose(logits, expected, atol=1e-4)
-    assert len(list(tmp_path.iterdir())) == (2 if augmentation == "none" else 3)  # features, at the cut, views of it
+    assert len(list(tmp_path.iterdir())) == (
+        2 if augmentation == "none" else 5
+    )  # features, at the cut, a view per epoch
 
 
 def test_two_replicas_train_on_the_cache_as_one(splits, mirrored):

@@ -175,7 +175,9 @@ def test_ctrl_c_leaves_what_was_learned_usable(png_folder, tiny_preset, tmp_path
     out = tmp_path / "stopped"
     command = [sys.executable, "-u", "-m", "pipelines.image", *flags(png_folder, tiny_preset, out)]
     command += ["--fine-tune-epochs", "500", "--patience", "500"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    # A job in the background of a script ignores Ctrl-C, and so would all that it starts.
+    default = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=default)
     for line in process.stdout:
         if "/500" in line:  # in the second phase
             process.send_signal(signal.SIGINT)

@@ -142,9 +142,11 @@ def sentences():
         text = [
             f"the {('red', 'green', 'blue')[label]} {'the ' * (row % 2)}".strip() for row, label in enumerate(labels)
         ]
-        return pa.table({"path": text, "label": labels.astype(np.int32), "weight": np.ones(count, np.float32)})
+        columns = {"id": text, "path": text, "label": labels.astype(np.int32), "weight": np.ones(count, np.float32)}
+        return pa.table(columns)
 
-    return types.SimpleNamespace(train=table(24), val=table(9), class_names=["red", "green", "blue"])
+    names = ["red", "green", "blue"]
+    return types.SimpleNamespace(train=table(24), val=table(9), test=table(9), class_names=names)
 
 
 def train(handle, splits, strategy=None, **options):

@@ -81,10 +81,10 @@ def same_figures(folder):
     )
     views, accuracies = [], []
     for seed in range(3):
-        for number in (0, 4):
+        for number in (8, 4):
             words = ("--fine-tune-epochs", 8, "--seed", seed, "--views", number)
             run, _ = figures(folder, f"views{number}-{seed}", environment, *words)
-            (accuracies if number == 0 else views).append(run["accuracy"])
+            (accuracies if number == 8 else views).append(run["accuracy"])
     means = [sum(values) / len(values) for values in (accuracies, views)]
     return [
         (
