@@ -81,7 +81,7 @@ def print_trainable_table(name: str, rows: list[dict]) -> None:
                 row["name"],
                 f"{row['parameters']:,}",
                 f"{row['trainable_parameters']:,}",
-                f"{row['learning_rate']:.2e}",
+                f"{row['learning_rate']:.2e}" if row["learning_rate"] else "L-BFGS",
                 "" if row["batch_norm"] == "none" else row["batch_norm"],
             )
     console.print(table)
