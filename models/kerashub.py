@@ -38,6 +38,7 @@ def load_preset_folder(folder: pathlib.Path) -> Backbone:
             f"`backbone.save_to_preset(folder)` with a KerasHub not newer than {keras_hub.__version__}."
         ) from error
     files = weight_files(folder)
+    run_depthwise_without_xla(encoder)
     pooling = _pooling_of(folder, encoder)
     if class_name == "ViTBackbone":
         encoder = flat_vit(encoder)
@@ -94,6 +95,22 @@ def read_source_head(folder: pathlib.Path, pooling: str, feature_size: int) -> t
         raise GraftError(f"{folder / 'task.weights.h5'} could not be read: {error}. Copy or fetch it again.") from error
     fits = len(head) == 2 and head[0].ndim == 2 and len(head[0]) == feature_size and head[1].shape == head[0].shape[1:]
     return head if fits else None
+
+
+def run_depthwise_without_xla(encoder: keras.Model) -> None:
+    """Let convolutions with a group per channel run as depthwise ones, which they are.
+
+    Keras compiles grouped convolutions with XLA, which stock TF Serving does not have (MobileNet's are such).
+    """
+    for layer in encoder._flatten_layers():
+        if isinstance(layer, keras.layers.Conv2D) and layer.groups > 1 and layer.kernel.shape[2] == 1:
+
+            def depthwise(inputs, kernel, layer=layer):
+                height, width, _, filters = kernel.shape
+                kernel = keras.ops.reshape(kernel, (height, width, layer.groups, filters // layer.groups))
+                return keras.ops.depthwise_conv(inputs, kernel, layer.strides, layer.padding, None, layer.dilation_rate)
+
+            layer.convolution_op = depthwise
 
 
 def flat_vit(vit: keras.Model) -> keras.Model:
