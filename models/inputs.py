@@ -16,10 +16,13 @@ from models.image_formats import (
     FORMATS,
     HEADER_BYTES,
     NAMES,
+    PLAIN_BYTES,
+    PLAIN_DECODERS,
     REFUSALS,
     UNKNOWN,
     format_row,
     is_16_bit,
+    plain_format,
     read_header,
 )
 
@@ -27,7 +30,6 @@ SUPPORTED = "JPEG, PNG, GIF, BMP or WebP"
 MAX_PIXELS = 50_000_000  # per image, by its header: 50 megapixels are 0.6 GB as float32 RGB
 WHITE_LEVELS = (255, 1023, 4095, 65535)  # 8, 10, 12 and 16 significant bits
 HEXADECIMAL = [f"{byte:02x}" for byte in range(256)]
-EXIF_BYTES = 65_536  # an EXIF block is a JPEG segment near the start, of at most this size
 
 
 def image_error(data):
@@ -67,28 +69,31 @@ def damage_error(data):
     return tf.strings.join([names, " data could not be decoded; the file is damaged"])
 
 
-def decode_image(data, white_level: int = 255):
+def decode_image(data, white_level: int = 255, plain: str = ""):
     """One encoded image (scalar string) without `image_error` -> [height, width, 3] float32 RGB, 0 to 255.
 
     `white_level` is the value of white in 16-bit PNG, see `white_level_for`; 8-bit data does not use it.
+    `plain` is what `inspect_images` says of the file, where it is known: the same pixels, sooner.
     Raises InvalidArgument on damaged data.
     """
-    image = decode_by_format(data, white_level, lambda pixels: tf.cast(pixels, tf.float32))
+    image = decode_by_format(data, white_level, lambda pixels: tf.cast(pixels, tf.float32), plain)
     return tf.ensure_shape(image, [None, None, 3])
 
 
-def read_image(data, preprocess: ImagePreprocess, white_level: int = 255):
+def read_image(data, preprocess: ImagePreprocess, white_level: int = 255, plain: str = ""):
     """One encoded image (scalar string) -> [height, width, 3] float32 of `preprocess.image_size`, 0 to 255.
 
     Equals `resize_image(decode_image(data, white_level), preprocess)` to the bit, but spares a float32
     copy of the whole picture: most formats decode to uint8, and are cropped and resized from that.
     """
-    image = decode_by_format(data, white_level, lambda pixels: resize_image(pixels, preprocess))
+    image = decode_by_format(data, white_level, lambda pixels: resize_image(pixels, preprocess), plain)
     return tf.ensure_shape(image, [*preprocess.image_size, 3])
 
 
-def decode_by_format(data, white_level, finish):
+def decode_by_format(data, white_level, finish, plain: str = ""):
     """Decode with the table's function and apply `finish`: [h, w, 3] uint8 or float32 -> float32."""
+    if plain:
+        return finish(PLAIN_DECODERS[plain](data))
     header = read_header(data)
 
     def refuse():
@@ -185,59 +190,94 @@ def inspect_images(items, progress=None) -> list[dict]:
     `error` (as the served model would say it, or why the file cannot be read; "" where all is well),
     `height` and `width` in pixels, `bit_depth` (16 for 16-bit PNG, otherwise 8), `peak` (the largest
     colour value of 16-bit data, otherwise 0), `exif_orientation` (1 to 8; 1 where a JPEG has none, and
-    for other formats). Sizes are 0 where there is an error. `progress(done)` is called now and then.
+    for other formats), `plain` (as `models.image_formats.plain_format` says; "" where there is an error).
+    Sizes are 0 where there is an error. `progress(done)` is called now and then.
     """
     items = list(items)
-    if not items:
-        return []
-    from_paths = not isinstance(items[0], bytes)
-    names = [os.fsencode(item) for item in items] if from_paths else items
-
-    @tf.autograph.experimental.do_not_convert
-    def inspect(index, item):
-        data = tf.io.read_file(item) if from_paths else item
-        error = image_error(data)
-        size, bit_depth, peak = tf.cond(
-            error == "", lambda: inspect_image(data), lambda: (tf.zeros([2], tf.int32), 8, 0)
-        )
-        is_jpeg = format_row(read_header(data)) == NAMES.index("JPEG")
-        start = tf.strings.substr(data, 0, tf.where(is_jpeg, EXIF_BYTES, 0))
-        return index, error, size, bit_depth, peak, start
-
-    dataset = tf.data.Dataset.from_tensor_slices((np.arange(len(items)), names))
-    dataset = dataset.map(inspect, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors().batch(64)
-
+    starts = [item[:PLAIN_BYTES] if isinstance(item, bytes) else file_start(item) for item in items]
+    kinds = [plain_format(start) for start in starts]
     findings = [None] * len(items)
-    for batch in dataset.prefetch(1).as_numpy_iterator():
-        for index, error, (height, width), bit_depth, peak, start in zip(*batch):
+
+    def look(inspect, wanted, plain):
+        """Inspect those of `wanted` that are still unknown; what raises stays unknown."""
+        wanted = [index for index in wanted if findings[index] is None]
+        done = len(items) - findings.count(None)
+        for index, error, (height, width), bit_depth, peak in inspect_each(inspect, items, wanted):
             findings[index] = {
                 "error": error.decode(),
                 "height": int(height),
                 "width": int(width),
                 "bit_depth": int(bit_depth),
                 "peak": int(peak),
-                "exif_orientation": exif_orientation(start),
+                "exif_orientation": exif_orientation(starts[index]) if kinds[index] == "JPEG" else 1,
+                "plain": plain,
             }
-        if progress:
-            progress(int(batch[0][-1]) + 1)
-    nothing = {"height": 0, "width": 0, "bit_depth": 8, "peak": 0, "exif_orientation": 1}
-    return [found or {"error": failure(item, from_paths), **nothing} for item, found in zip(items, findings)]
+            done += 1
+            if progress and done % 64 == 0:
+                progress(done)
+
+    for kind in PLAIN_DECODERS:
+        plain_images = [index for index, found in enumerate(kinds) if found == kind]
+        look(lambda data, kind=kind: inspect_plain_image(data, kind), plain_images, kind)
+    look(inspect_image, range(len(items)), "")
+    if progress:
+        progress(len(items))
+    nothing = {"height": 0, "width": 0, "bit_depth": 8, "peak": 0, "exif_orientation": 1, "plain": ""}
+    return [found or {"error": failure(item), **nothing} for item, found in zip(items, findings)]
+
+
+def inspect_each(inspect, items, wanted):
+    """Yield (index, *answer) of `inspect` for the wanted items, without those for which it raises."""
+    if not wanted:
+        return
+    from_paths = not isinstance(items[0], bytes)
+    chosen = [os.fsencode(items[index]) if from_paths else items[index] for index in wanted]
+
+    @tf.autograph.experimental.do_not_convert
+    def read(index, item):
+        return index, *inspect(tf.io.read_file(item) if from_paths else item)
+
+    dataset = tf.data.Dataset.from_tensor_slices((np.array(wanted), chosen))
+    dataset = dataset.map(read, num_parallel_calls=tf.data.AUTOTUNE).ignore_errors().batch(64)
+    for batch in dataset.prefetch(1).as_numpy_iterator():
+        yield from zip(*batch)
 
 
 def inspect_image(data):
-    """One supported image -> its size [height, width] int32, bit depth and peak as in `inspect_images`."""
-    size = tf.shape(decode_image(data))[:2]
+    """One item -> its error, size [height, width] int32, bit depth and peak as in `inspect_images`."""
+    error = image_error(data)
     deep = is_16_bit(read_header(data))
 
     def largest():
         return tf.cast(tf.reduce_max(tf.io.decode_png(data, channels=3, dtype=tf.uint16)), tf.int32)
 
-    return size, tf.where(deep, 16, 8), tf.cond(deep, largest, lambda: 0)
+    def decoded():
+        return tf.shape(decode_image(data))[:2], tf.where(deep, 16, 8), tf.cond(deep, largest, lambda: 0)
+
+    return error, *tf.cond(error == "", decoded, lambda: (tf.zeros([2], tf.int32), 8, 0))
 
 
-def failure(item, from_paths: bool) -> str:
+def inspect_plain_image(data, plain: str):
+    """As `inspect_image` for a plain file; raises where that would give an error."""
+    (size,) = (row["size"] for row in FORMATS if row["name"] == plain)
+    height, width = size(data, read_header(data))
+    allowed = tf.minimum(height, MAX_PIXELS + 1) * width <= MAX_PIXELS
+    image = PLAIN_DECODERS[plain](tf.where(allowed, data, ""))  # no bytes raise before anything is decoded
+    return "", tf.shape(image)[:2], 8, 0
+
+
+def file_start(path) -> bytes:
+    """The first PLAIN_BYTES of a file; nothing where it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(PLAIN_BYTES)
+    except OSError:  # `failure` says why
+        return b""
+
+
+def failure(item) -> str:
     """Why an item raised: its file cannot be read, or its bytes are damaged."""
-    if not from_paths:
+    if isinstance(item, bytes):
         return damage_error(item).numpy().decode()
     try:
         with open(item, "rb") as file:

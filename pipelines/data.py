@@ -33,6 +33,7 @@ class Splits:
     white_level: int  # white of 16-bit images: 255, 1023, 4095 or 65535
     skipped: list[dict]  # path, reason
     warnings: list[str]
+    plain: str = ""  # what all files are, as `models.image_formats.plain_format` says; "" for several kinds
 
     def __iter__(self):
         return iter((self.train, self.val, self.test))
@@ -104,6 +105,7 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
     rows.sort(key=lambda row: (row["id"], row["path"]))
     tables = make_splits(rows, class_names, warnings)
     peak = max((fact["peak"] for fact in facts), default=0)
+    kinds = {fact["plain"] for fact in facts}
     return Splits(
         **tables,
         class_names=class_names,
@@ -111,6 +113,7 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
         white_level=inputs.white_level_for(peak),
         skipped=skipped,
         warnings=warnings,
+        plain=kinds.pop() if len(kinds) == 1 else "",
     )
 
 
@@ -241,10 +244,13 @@ def cached_dataset(
 
 
 @functools.cache
-def image_loader(preprocess, white_level: int, augmentation: str = "none", random_erasing: float = 0.0):
+def image_loader(
+    preprocess, white_level: int, augmentation: str = "none", random_erasing: float = 0.0, plain: str = ""
+):
     """A `load` function for `dataset`: path -> scaled image [height, width, 3] float32.
 
     Args:
+        white_level, plain: as in `Splits`.
         augmentation: "none", "flip-crop" or "rand-augment", which flips and crops too.
         random_erasing: probability that a random box is filled with noise.
     """
@@ -261,9 +267,9 @@ def image_loader(preprocess, white_level: int, augmentation: str = "none", rando
     def load(path, seed):
         data = tf.io.read_file(path)
         if augmentation == "none":
-            image = inputs.read_image(data, preprocess, white_level)
+            image = inputs.read_image(data, preprocess, white_level, plain)
         else:
-            image = random_changes.random_crop(inputs.decode_image(data, white_level), seed)
+            image = random_changes.random_crop(inputs.decode_image(data, white_level, plain), seed)
             image = inputs.resize_image(random_changes.random_flip(image, seed), whole)
         if augmentation == "rand-augment":
             image = random_changes.rand_augment(image, seed)

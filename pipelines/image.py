@@ -59,7 +59,7 @@ def run(config: ImageConfig) -> pathlib.Path:
     clock.lap("backbone")
 
     def loader(augmentation, random_erasing=0.0):
-        return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing)
+        return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing, splits.plain)
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""

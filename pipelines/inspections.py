@@ -12,7 +12,7 @@ import sqlite3
 
 from models import offline
 
-FORMAT = 1  # raise it when `models.inputs.inspect_images` says other things of the same file
+FORMAT = 2  # raise it when `models.inputs.inspect_images` says other things of the same file
 AT_ONCE = 500  # paths per query: SQLite takes 999 parameters everywhere
 
 

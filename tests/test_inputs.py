@@ -14,7 +14,7 @@ from PIL import Image
 
 from models import inputs
 from models.backbone import ImagePreprocess
-from models.image_formats import FORMATS
+from models.image_formats import FORMATS, plain_format
 from serving.session import Session
 
 PREPROCESS = ImagePreprocess(image_size=(32, 24))
@@ -397,16 +397,16 @@ def with_orientation(value: int) -> bytes:
 
 
 def test_inspection_of_files(tmp_path):
-    good = {"error": "", "height": 45, "width": 60, "bit_depth": 8, "peak": 0, "exif_orientation": 1}
-    bad = {**good, "height": 0, "width": 0}
+    good = {"error": "", "height": 45, "width": 60, "bit_depth": 8, "peak": 0, "exif_orientation": 1, "plain": "PNG"}
+    bad = {**good, "height": 0, "width": 0, "plain": ""}
     deep = np.minimum(SIXTEEN[..., :3], 3000)
     contents = {
         "plain é.png": (CASES["PNG"][0], good),
         "deep.png": (
             encode_png(deep, 16),
-            {**good, "height": 9, "width": 12, "bit_depth": 16, "peak": 3000},
+            {**good, "height": 9, "width": 12, "bit_depth": 16, "peak": 3000, "plain": ""},
         ),
-        "turned.jpg": (with_orientation(6), {**good, "exif_orientation": 6}),
+        "turned.jpg": (with_orientation(6), {**good, "exif_orientation": 6, "plain": "JPEG"}),
         "damaged.png": (
             DAMAGED["PNG"],
             {**bad, "error": "PNG data could not be decoded; the file is damaged"},
@@ -423,6 +423,27 @@ def test_inspection_of_files(tmp_path):
     assert findings[-2] == {**bad, "error": "cannot be read: No such file or directory"}
     assert findings[-1] == {**bad, "error": "cannot be read: Is a directory"}
     assert done[-1] <= len(paths)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_plain_files_decode_to_the_same_pixels(name):
+    """What the format's own op makes of a file that is plain, and which of the cases are."""
+    data = CASES[name][0]
+    plain = plain_format(data)
+    special = ("alpha", "transparency", "16 bits")
+    is_plain = name.startswith(("JPEG", "PNG")) and not any(word in name for word in special)
+    assert bool(plain) == is_plain
+    if plain:
+        np.testing.assert_array_equal(
+            inputs.read_image(data, PREPROCESS, plain=plain), inputs.read_image(data, PREPROCESS)
+        )
+        np.testing.assert_array_equal(inputs.decode_image(data, plain=plain), inputs.decode_image(data))
+
+
+def test_a_plain_file_above_the_limit_is_not_decoded(monkeypatch):
+    monkeypatch.setattr(inputs, "MAX_PIXELS", 45 * 60 - 1)
+    findings = inputs.inspect_images([CASES["PNG"][0], CASES["JPEG"][0]])
+    assert ["megapixels" in found["error"] for found in findings] == [True, True]
 
 
 def test_inspection_of_bytes_keeps_their_order():

@@ -44,7 +44,7 @@ def main() -> int:
     import tensorflow as tf
 
     from models.backbone import ImagePreprocess
-    from models.inputs import resize_image
+    from models.inputs import inspect_images, resize_image
     from pipelines.data import dataset, image_loader
 
     preprocess = ImagePreprocess((SIDE, SIDE), mean=(127.0,) * 3, deviation=(128.0,) * 3)
@@ -58,7 +58,8 @@ def main() -> int:
 
             return tf.data.Dataset.from_tensor_slices(paths).map(load, tf.data.AUTOTUNE).batch(BATCH).prefetch(2)
 
-        load = image_loader(preprocess, 255)
+        kinds = {fact["plain"] for fact in inspect_images(paths)}  # as `load_images` finds out before every run
+        load = image_loader(preprocess, 255, plain=kinds.pop() if len(kinds) == 1 else "")
         sides = {
             "bare": bare,
             "graft": lambda: dataset(table, load, class_count=2, batch_size=BATCH, training=True),

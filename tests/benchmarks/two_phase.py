@@ -68,7 +68,7 @@ def graft_side(seed: int, cache_dir: str, depth: str = str(DEPTH), label_smoothi
     model = classifier(len(splits.class_names))
 
     def loader(augmentation):
-        return image_loader(backbone.preprocess, splits.white_level, augmentation)
+        return image_loader(backbone.preprocess, splits.white_level, augmentation, plain=splits.plain)
 
     def on_end(phase, logits_of):
         marks.append(time.perf_counter() - started)
