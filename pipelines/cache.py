@@ -28,7 +28,7 @@ import psutil
 
 from models import GraftError, offline
 
-FORMAT = 1  # in the key: raise it when entries would be read wrongly
+FORMAT = 2  # in the key: raise it when entries would be read wrongly
 MEMORY_SHARE = 0.25  # of the free memory: what activations may take before they are read from files
 DISK_SHARE = 0.5  # of the free disk: what one entry may take
 
@@ -38,22 +38,28 @@ def cache_root(folder: str = "") -> pathlib.Path:
     return pathlib.Path(folder) if folder else offline.cache_folder() / "features"
 
 
-def entry_key(part, preprocess, white_level: int, ids, *changes) -> str:
+def model_digest(model) -> str:
+    """SHA-256 over the graph and the weights of a functional keras.Model."""
+    digest = hashlib.sha256(graph_without_names(model).encode())
+    for weight in model.weights:
+        digest.update(np.ascontiguousarray(weight.numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def entry_key(model: str, part, preprocess, white_level: int, ids, *more) -> str:
     """SHA-256 over all that activations depend on, but for rounding.
 
     Args:
-        part: functional keras.Model whose outputs are kept; its graph and its weights count.
+        model: `model_digest` of the whole encoder, as it was loaded.
+        part: what of it is kept: "features", or the number of the block below which it was cut.
         preprocess, white_level: how files become its input.
         ids: content hash of each example, in the order of the rows.
-        changes: what else they depend on: pooling, augmentation, view, seed.
+        more: what else they depend on: pooling, length, augmentation, view, seed.
     """
-    digest = hashlib.sha256()
-    facts = [FORMAT, graph_without_names(part), dataclasses.asdict(preprocess), white_level, changes]
-    digest.update(json.dumps(facts, sort_keys=True).encode())
-    for weight in part.weights:
-        digest.update(np.ascontiguousarray(weight.numpy()).tobytes())
-    digest.update("\n".join(ids).encode())
-    return digest.hexdigest()[:32]
+    # A tokenizer is no data; `identity` stands for it.
+    settings = {name: value for name, value in (vars(preprocess) if preprocess else {}).items() if name != "tokenizer"}
+    facts = json.dumps([FORMAT, model, part, settings, white_level, more], sort_keys=True)
+    return hashlib.sha256("\n".join([facts, *ids]).encode()).hexdigest()[:32]
 
 
 def graph_without_names(model) -> str:
@@ -93,6 +99,17 @@ class FileRows:
         return result
 
 
+class Rows:
+    """Some rows of an array or of `FileRows`, in an order of their own; a slice of it reads just these."""
+
+    def __init__(self, array, places: np.ndarray):
+        self.array, self.places = array, places
+        self.shape = (len(places), *array.shape[1:])
+
+    def __getitem__(self, part) -> np.ndarray:
+        return self.array[self.places[part]]
+
+
 @dataclasses.dataclass
 class Activations:
     """Activations of a set of examples: one array [rows, ...] per tensor, in memory or in files."""
@@ -123,7 +140,8 @@ def activations(
     Args:
         root: folder of entries; None keeps everything in memory.
         count: examples, and rows of each array.
-        compute: gives the rows in order, batch by batch: one array [b, ...] float32 per tensor.
+        compute: gives the rows in order, batch by batch: one array [b, ...] float32 per tensor. A tensor that all
+            examples share has one row in the first batch, and none in the others.
         memory_bytes: what may be held in memory (None: a quarter of what is free now).
 
     Raises:
@@ -139,7 +157,8 @@ def activations(
             return Activations(arrays, str(root / key), True, time.perf_counter() - started)
     batches = compute()
     first = next(batches)
-    shapes = [(count, *array.shape[1:]) for array in first]
+    rows = max(len(array) for array in first)
+    shapes = [(count if len(array) == rows else len(array), *array.shape[1:]) for array in first]
     size = sum(4 * math.prod(shape) for shape in shapes)
     written = root is not None and size <= DISK_SHARE * free_bytes(root)
     if written and write_entry(root / key, shapes, itertools.chain([first], batches)):
@@ -154,7 +173,7 @@ def activations(
     for batch in itertools.chain([first], batches):
         for array, rows in zip(arrays, batch, strict=True):
             array[place : place + len(rows)] = rows
-        place += len(batch[0])
+        place += max(len(rows) for rows in batch)
     return Activations(arrays, "memory", False, time.perf_counter() - started)
 
 
@@ -164,7 +183,7 @@ def open_entry(folder: pathlib.Path, count: int, memory_bytes: float) -> list | 
         names = json.loads((folder / "entry.json").read_text())["files"]
         arrays = [FileRows(folder / name) for name in names]
         whole = all(
-            array.shape[0] == count and (folder / name).stat().st_size == array.start + array.nbytes
+            array.shape[0] in (count, 1) and (folder / name).stat().st_size == array.start + array.nbytes
             for name, array in zip(names, arrays, strict=True)
         )
     except (OSError, ValueError, KeyError):

@@ -167,7 +167,8 @@ def dataset(
 
     from pipelines.augmentation import mix_batch
 
-    rows, real = epoch_rows(table.num_rows, batch_size, epoch, training, seed)
+    rows, real = epoch_batches(np.zeros(table.num_rows, int), batch_size, epoch, training, seed)
+    rows, real = rows.ravel(), real.ravel()
     targets = targets_of(table, class_count)[rows]
     weights = table["weight"].to_numpy()[rows] * real
     paths = np.array(table["path"].to_pylist(), dtype=object)[rows]
@@ -199,17 +200,33 @@ def dataset(
     return batches.prefetch(tf.data.AUTOTUNE)
 
 
-def epoch_rows(count: int, batch_size: int, epoch: int, training: bool, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of an epoch in full batches, int32, and which of them are real: the padding repeats an example."""
-    order = permutation(count, seed, epoch) if training else np.arange(count)
-    padding = -count % batch_size
-    rows = np.concatenate([order, np.full(padding, order[count - count % batch_size] if padding else 0)])
-    return rows.astype(np.int32), np.arange(len(rows)) < count
+def epoch_batches(part_of: np.ndarray, batch_size: int, epoch: int, training: bool, seed: int):
+    """The rows of an epoch, [batches, batch_size] int32, and which of them are real: padding repeats an example.
+
+    Args:
+        part_of: [n] int, the part that each row belongs to: a batch holds rows of one part only. In training the
+            batches of several parts come in random order.
+    """
+    order = permutation(len(part_of), seed, epoch) if training else np.arange(len(part_of))
+    batches, real = [], []
+    for part in np.unique(part_of):
+        rows = order[part_of[order] == part]
+        padding = -len(rows) % batch_size
+        filler = np.full(padding, rows[len(rows) - len(rows) % batch_size] if padding else 0, rows.dtype)
+        batches.append(np.concatenate([rows, filler]).reshape(-1, batch_size))
+        real.append((np.arange(batches[-1].size) < len(rows)).reshape(-1, batch_size))
+    several = training and len(batches) > 1
+    batches, real = np.concatenate(batches).astype(np.int32), np.concatenate(real)
+    if several:
+        mixed = np.random.default_rng([seed, epoch, 1]).permutation(len(batches))
+        batches, real = batches[mixed], real[mixed]
+    return batches, real
 
 
 def cached_dataset(
     table: pa.Table,
-    arrays,
+    parts: list,
+    part_of: np.ndarray,
     places: np.ndarray,
     *,
     class_count: int,
@@ -218,27 +235,33 @@ def cached_dataset(
     training: bool = False,
     seed: int = 0,
 ):
-    """As `dataset`, the inputs being rows of arrays that were computed before: a tuple of tensors [b, ...] float32.
+    """As `dataset`, the inputs being rows of arrays that are at hand: a tuple of tensors [b, ...].
 
     Args:
-        arrays: of [m, ...] float32 that take an array of indices: numpy's, or `pipelines.cache.FileRows`.
-        places: [n] int, where in the arrays each row of the table lies.
+        parts: for each part of the examples a list of arrays [m, ...] that take an array of indices: numpy's, or
+            `pipelines.cache.FileRows`. Parts may differ in shape, and a batch comes from one of them. An array of one
+            row holds for all examples.
+        part_of, places: [n] int, in which part each row of the table lies, and where in its arrays.
     """
     import tensorflow as tf
 
-    rows, real = epoch_rows(table.num_rows, batch_size, epoch, training, seed)
+    rows, real = epoch_batches(part_of, batch_size, epoch, training, seed)
     weights = (table["weight"].to_numpy()[rows] * real).astype(np.float32)
-    slices = (places[rows], targets_of(table, class_count)[rows], weights, np.where(real, rows, -1).astype(np.int32))
-    slices = tuple(values.reshape(-1, batch_size, *values.shape[1:]) for values in slices)
+    targets = targets_of(table, class_count)[rows]
+    slices = (part_of[rows[:, 0]], places[rows], targets, weights, np.where(real, rows, -1).astype(np.int32))
+
+    def take(part, indices):
+        # Python once per batch, not per example: one slice of an array, or one read per row of a file.
+        return [array[indices if array.shape[0] > 1 else indices * 0] for array in parts[part]]
 
     @tf.autograph.experimental.do_not_convert
-    def read(indices, targets, weights, rows):
-        # Python once per batch, not per example: one slice of an array, or one read per row of a file.
-        inputs = tf.numpy_function(lambda indices: [array[indices] for array in arrays], [indices], dtypes)
+    def read(part, indices, targets, weights, rows):
+        inputs = tf.numpy_function(take, [part, indices], dtypes)
         return tuple(tf.ensure_shape(x, s) for x, s in zip(inputs, shapes)), targets, weights, rows
 
-    dtypes = [tf.float32] * len(arrays)
-    shapes = [(batch_size, *array.shape[1:]) for array in arrays]
+    dtypes = [tf.as_dtype(array.dtype) for array in parts[0]]
+    dimensions = [list(zip(*(array.shape[1:] for array in same))) for same in zip(*parts)]
+    shapes = [(batch_size, *(dim[0] if len(set(dim)) == 1 else None for dim in dims)) for dims in dimensions]
     batches = tf.data.Dataset.from_tensor_slices(slices)
     return batches.map(read, num_parallel_calls=2, deterministic=True).prefetch(tf.data.AUTOTUNE)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 
+import numpy as np
 import tensorflow as tf
 
 from models import freezing
@@ -32,6 +33,16 @@ def share_correct(targets, logits, multi_label: bool):
     if multi_label:
         return tf.reduce_mean(tf.cast((logits > 0) == (targets > 0.5), tf.float32), axis=-1)
     return tf.cast(tf.argmax(logits, -1) == tf.argmax(targets, -1), tf.float32)
+
+
+def mean_loss_and_accuracy(targets: np.ndarray, logits: np.ndarray, multi_label: bool) -> tuple[float, float]:
+    """Mean cross-entropy in nats and share of correct answers, every example counted once, in float64.
+
+    Args:
+        targets: [n, classes] of 0 and 1, as `pipelines.data.targets_of` makes them.
+    """
+    losses = cross_entropy(targets.astype(np.float64), logits.astype(np.float64), multi_label)
+    return float(tf.reduce_mean(losses)), float(tf.reduce_mean(share_correct(targets, logits, multi_label)))
 
 
 class MovingAverage:
@@ -79,6 +90,7 @@ def make_train_step(
     loss_scale: LossScale | None = None,
     average: MovingAverage | None = None,
     forward=None,
+    batch_spec=None,
 ):
     """A tf.function: distributed batch -> [4] float32: summed weighted loss, weight, correct answers, examples.
 
@@ -90,6 +102,7 @@ def make_train_step(
         loss_scale: for float16; a step whose gradients are not finite then changes nothing but the scale.
         average: updated after each update.
         forward: (inputs, training) -> logits, where the inputs are not the model's own but lie above a cut.
+        batch_spec: `element_spec` of the distributed batches; where lengths differ, one graph then serves them all.
     """
     forward = forward or model
     parts_of_batch = accumulation_steps * strategy.num_replicas_in_sync
@@ -134,7 +147,8 @@ def make_train_step(
         if average:
             average.update(strategy, optimizer.iterations.value)
 
-    @tf.function(autograph=accumulation_steps > 1)  # for the loop over parts only: converting takes seconds
+    # Autograph is for the loop over parts only: converting takes seconds.
+    @tf.function(autograph=accumulation_steps > 1, input_signature=[batch_spec] if batch_spec else None)
     def train_step(batch):
         gradients, sums = strategy.run(replica_gradients, args=batch)
         if loss_scale:
@@ -149,10 +163,15 @@ def make_train_step(
     return train_step
 
 
-def make_predict_step(forward, strategy):
+def gathered(strategy, value) -> np.ndarray:
+    """The parts of all replicas, one after the other."""
+    return np.concatenate([part.numpy() for part in strategy.experimental_local_results(value)])
+
+
+def make_predict_step(forward, strategy, batch_spec=None):
     """A tf.function: distributed batch -> per-replica (logits [b, classes], rows [b]); forward as in training."""
 
-    @tf.function(autograph=False)
+    @tf.function(autograph=False, input_signature=[batch_spec] if batch_spec else None)
     def predict_step(batch):
         return strategy.run(lambda inputs, targets, weights, rows: (forward(inputs, training=False), rows), args=batch)
 

@@ -15,61 +15,17 @@ from collections.abc import Callable
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from models import GraftError, freezing
 from models import optimizer as optimizers
 from models.classifier import Classifier
 from models.precision import LossScale, set_precision
 from pipelines.config import depth_blocks
-from pipelines.console import progress_bar
-from pipelines.data import Splits, dataset, targets_of
+from pipelines.data import Splits, targets_of
 from pipelines.feeds import Feed, Feeds
 from pipelines.head_solver import solve_head
-from pipelines.steps import MovingAverage, cross_entropy, make_predict_step, make_train_step, share_correct
-
-
-def predict_logits(predict_step, strategy, batches, count: int, on_batch=lambda: None) -> np.ndarray:
-    """Logits [count, classes] float32 in the order of the table; padding rows are dropped."""
-    logits = None
-    for batch in strategy.experimental_distribute_dataset(batches):
-        outputs, rows = predict_step(batch)
-        outputs = np.concatenate([x.numpy() for x in strategy.experimental_local_results(outputs)])
-        rows = np.concatenate([x.numpy() for x in strategy.experimental_local_results(rows)])
-        if logits is None:
-            logits = np.full((count, outputs.shape[-1]), np.nan, np.float32)
-        logits[rows[rows >= 0]] = outputs[rows >= 0]
-        on_batch()
-    return logits
-
-
-def predictor(model: Classifier, strategy, load, batch_size: int):
-    """A function: table -> logits [n, classes] float32 of its images; the graph is traced once."""
-    common = {"class_count": model.head.units, "batch_size": batch_size}
-    return feed_predictor(model, lambda table: dataset(table, load, **common), strategy)
-
-
-def feed_predictor(forward, batches_of, strategy):
-    """As `predictor`, from `forward` and `batches` of a `pipelines.feeds.Feed`; with a progress bar."""
-    predict_step = make_predict_step(forward, strategy)
-
-    def logits_of(table) -> np.ndarray:
-        batches = batches_of(table)
-        with progress_bar() as bar:
-            task = bar.add_task("evaluating", total=len(batches), note="")
-            return predict_logits(predict_step, strategy, batches, table.num_rows, lambda: bar.advance(task))
-
-    return logits_of
-
-
-def mean_loss_and_accuracy(targets: np.ndarray, logits: np.ndarray, multi_label: bool) -> tuple[float, float]:
-    """Mean cross-entropy in nats and share of correct answers, every example counted once, in float64.
-
-    Args:
-        targets: [n, classes] of 0 and 1, as `pipelines.data.targets_of` makes them.
-    """
-    losses = cross_entropy(targets.astype(np.float64), logits.astype(np.float64), multi_label)
-    return float(tf.reduce_mean(losses)), float(tf.reduce_mean(share_correct(targets, logits, multi_label)))
+from pipelines.prediction import feed_predictor, predict_logits
+from pipelines.steps import MovingAverage, make_predict_step, make_train_step, mean_loss_and_accuracy
 
 
 def class_weighted(table, class_count: int):
@@ -112,13 +68,14 @@ def fit_phase(
         best_val_loss: what must be beaten; if no epoch does, the model leaves as it came.
 
     Returns:
-        What `phase_facts` gives, and history: a row per epoch.
+        What `phase_facts` gives, with a row of history per epoch; kept and val_loss of the best one.
     """
     started = time.perf_counter()
-    steps = math.ceil(train.num_rows / options.batch_size)
+    steps = len(feed.train_batches(0, first_epoch))
     val_targets = targets_of(val, model.head.units)
-    optimizer, train_step, average = make_updates(model, feed, learning_rate, steps * epochs, options, strategy)
-    predict_step = make_predict_step(feed.forward, strategy)
+    spec = strategy.experimental_distribute_dataset(feed.batches(val)).element_spec
+    optimizer, train_step, average = make_updates(model, feed, learning_rate, steps * epochs, options, strategy, spec)
+    predict_step = make_predict_step(feed.forward, strategy, spec)
     set_dropout_seeds = dropout_seeder(model, options.seed)
     before = freezing.checksums(model)
     moving = freezing.moving_weights(model)
@@ -158,19 +115,17 @@ def fit_phase(
     moved = freezing.check_moved(model, before)
     for weight, value in zip(moving, best_weights):
         weight.assign(value)
-    return {
-        **phase_facts(model, name, started, learning_rate, moved),
-        "epochs": len(history),
-        "best_epoch": best_epoch,
-        "kept": best_epoch > 0,
-        "val_loss": best_val_loss,
-        "history": history,
-    }
+    facts = phase_facts(model, name, started, learning_rate, moved, history, best_epoch)
+    return {**facts, "kept": best_epoch > 0, "val_loss": best_val_loss}
 
 
-def phase_facts(model: Classifier, name: str, started: float, learning_rate: float, moved: dict) -> dict:
-    """What is said of every phase: name, seconds since `started`, trainable_parameters, learning_rate, blocks (the
-    trainable table) and weights (counts of frozen and trainable, as `freezing.check_moved` gives them)."""
+def phase_facts(model, name: str, started: float, learning_rate: float, moved: dict, history, best_epoch) -> dict:
+    """What is said of every phase.
+
+    Returns:
+        name, seconds since `started`, trainable_parameters, learning_rate, blocks (the trainable table), weights
+        (counts of frozen and trainable, as `freezing.check_moved` gives them), epochs, best_epoch and history.
+    """
     return {
         "name": name,
         "seconds": time.perf_counter() - started,
@@ -178,6 +133,9 @@ def phase_facts(model: Classifier, name: str, started: float, learning_rate: flo
         "learning_rate": learning_rate,
         "blocks": freezing.trainable_table(model, learning_rate, optimizers.block_multipliers(model)),
         "weights": moved,
+        "epochs": len(history),
+        "best_epoch": best_epoch,
+        "history": history,
     }
 
 
@@ -187,11 +145,12 @@ def fit_head_by_lbfgs(model: Classifier, feed: Feed, train, val, *, options, on_
     Returns:
         What `fit_phase` gives, and solver "lbfgs"; history has a row per penalty tried (l2, iterations), and
         epochs and best_epoch count those. No learning rate, no dropout: the penalty is what regularises.
+        `simplest` is the (kernel, bias) that phase 2 should start from.
     """
     started = time.perf_counter()
     before = freezing.checksums(model)
     classes = model.head.units
-    kernel, bias, path, best = solve_head(
+    heads, path, best, simplest = solve_head(
         feed.features(train),
         targets_of(train, classes),
         train["weight"].to_numpy(),
@@ -200,21 +159,29 @@ def fit_head_by_lbfgs(model: Classifier, feed: Feed, train, val, *, options, on_
         model.multi_label,
         options.label_smoothing,
     )
-    model.head.kernel.assign(kernel)
-    model.head.bias.assign(bias)
+    set_head(model, heads[best])
     on_best(model)
-    return {
-        **phase_facts(model, "head", started, 0.0, freezing.check_moved(model, before)),
-        "solver": "lbfgs",
-        "epochs": len(path),
-        "best_epoch": best + 1,
-        "kept": True,
-        "val_loss": path[best]["val_loss"],
-        "history": path,
-    }
+    facts = phase_facts(model, "head", started, 0.0, freezing.check_moved(model, before), path, best + 1)
+    return {**facts, "solver": "lbfgs", "kept": True, "val_loss": path[best]["val_loss"], "simplest": heads[simplest]}
 
 
-def make_updates(model: Classifier, feed: Feed, learning_rate: float, total_steps: int, options, strategy):
+def set_head(model: Classifier, head: tuple) -> None:
+    """head: kernel [d, classes] and bias [classes]."""
+    model.head.kernel.assign(head[0])
+    model.head.bias.assign(head[1])
+
+
+def fit_from(model: Classifier, head: tuple, fit: Callable, **arguments) -> dict:
+    """Run a phase from another head than the model's; where the phase is not kept, the model gets its own back."""
+    own = model.head.kernel.numpy(), model.head.bias.numpy()
+    set_head(model, head)
+    phase = fit(**arguments)
+    if not phase["kept"]:
+        set_head(model, own)
+    return phase
+
+
+def make_updates(model: Classifier, feed: Feed, learning_rate: float, total_steps: int, options, strategy, spec=None):
     """What updates the weights in a phase: the optimizer, the train step and the moving average (None without)."""
     schedule = learning_rate
     if options.schedule == "cosine":
@@ -234,6 +201,7 @@ def make_updates(model: Classifier, feed: Feed, learning_rate: float, total_step
         loss_scale,
         average,
         feed.forward,
+        spec,
     )
     return optimizer, train_step, average
 
@@ -294,6 +262,7 @@ def fit_two_phase(
     on_start=None,
     on_best=None,
     on_end=None,
+    read_inputs=None,
 ) -> tuple[list[dict], Callable]:
     """Phase 1: the head on the frozen backbone. Phase 2: the top `--depth` blocks too, at reduced rates.
 
@@ -305,6 +274,8 @@ def fit_two_phase(
         config: `pipelines.config.ImageConfig` or its like.
         on_start: (name, trainable table), before each phase.
         on_best: (name, model), whenever validation has improved.
+        read_inputs: of data without a loader: examples -> a list of (rows, arrays [n, ...] that the model takes),
+            each a part of the examples of one length.
         on_end: (phase dict of `fit_phase`, function of a table -> logits), after each phase; it may add to the dict.
 
     Returns:
@@ -317,7 +288,7 @@ def fit_two_phase(
         train = class_weighted(train, len(splits.class_names))
     count = depth_blocks(config.model.depth) if config.fine_tune.fine_tune_epochs else 0
     cut = len(model.blocks) - count if count else 0
-    feeds = Feeds(model, splits, train, loader, config, strategy)
+    feeds = Feeds(model, splits, train, loader, config, strategy, read_inputs)
 
     def run_phase(name, feed, rate, fit, **more):
         if on_start:
@@ -338,6 +309,7 @@ def fit_two_phase(
         fit = functools.partial(fit_phase, model, "head", epochs=head.head_epochs, **by_steps)
         rate = head.head_learning_rate
         logits_of = run_phase("head", feed, rate, fit, learning_rate=rate)
+    simplest = phases[0].pop("simplest", None)
     if count == 0:
         return phases, logits_of
 
@@ -346,6 +318,8 @@ def fit_two_phase(
     else:
         freezing.unfreeze_top(model, count, config.model.train_batch_norm)
     fit = functools.partial(fit_phase, model, "fine_tune", epochs=config.fine_tune.fine_tune_epochs, **by_steps)
+    if simplest:
+        fit = functools.partial(fit_from, model, simplest, fit)
     rate = config.fine_tune.fine_tune_learning_rate
     first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
     more = {"learning_rate": rate, "first_epoch": first_epoch, "best_val_loss": phases[0]["val_loss"]}

@@ -15,7 +15,7 @@ from models import GraftError
 from models.backbone import load_backbone
 from models.classifier import Classifier
 from models.split import split
-from pipelines import cache, training
+from pipelines import cache, steps, training
 from pipelines.data import image_loader, load_images, targets_of
 from pipelines.sources import find_images
 from tests.conftest import tiny_backbone
@@ -141,25 +141,28 @@ def test_a_place_that_cannot_be_made_is_an_error(tmp_path):
 
 def test_the_key_depends_on_all_that_the_numbers_depend_on():
     def key(backbone, white_level=255, ids=("a", "b"), changes=()):
-        return cache.entry_key(backbone.encoder, backbone.preprocess, white_level, ids, *changes)
+        digest = cache.model_digest(backbone.encoder)
+        return cache.entry_key(digest, cut, backbone.preprocess, white_level, ids, *changes)
 
-    backbone = tiny_backbone()
+    cut, backbone = 2, tiny_backbone()
     first = key(backbone)
     assert key(tiny_backbone()) == first
     others = [key(backbone, 4095), key(backbone, ids=("b", "a")), key(backbone, changes=("flip-crop", 0.0, 2, 0))]
     others += [key(backbone, changes=("flip-crop", 0.0, 2, 1))]
+    cut = 1
+    others.append(key(backbone))
     weight = backbone.encoder.weights[0]
     weight.assign(weight + 1e-6)
     others.append(key(backbone))
-    assert len({first, *others}) == 6
+    assert len({first, *others}) == 7
 
 
 def test_the_key_of_a_kerashub_backbone_is_the_same_in_every_load(tiny_vit_preset):
     keys = set()
     for _ in range(2):
         backbone = load_backbone(str(tiny_vit_preset))
-        keys.add(cache.entry_key(split(backbone, 2)[0], backbone.preprocess, 255, ["a"]))
-        keys.add(cache.entry_key(backbone.encoder, backbone.preprocess, 255, ["a"]))
+        keys.add(cache.model_digest(split(backbone, 2)[0]))
+        keys.add(cache.model_digest(backbone.encoder))
     assert len(keys) == 2
 
 
@@ -174,16 +177,16 @@ def test_opening_an_entry_is_quick(tmp_path):
 # ---- in training
 
 
-def train(splits, strategy=None, dropout=0.2, **options):
+def train(splits, strategy=None, dropout=0.2, loader=None, **options):
     strategy = strategy or tf.distribute.get_strategy()
     config = make_config(**options)
     with strategy.scope():
         model = Classifier(tiny_backbone(dropout=dropout), len(splits.class_names), dropout=dropout, seed=1)
 
-    def loader(augmentation, random_erasing=0.0):
-        return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing)
+    def load_images(augmentation, random_erasing=0.0):
+        return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing, splits.plain)
 
-    phases, logits_of = training.fit_two_phase(model, splits, loader, config, strategy)
+    phases, logits_of = training.fit_two_phase(model, splits, loader or load_images, config, strategy)
     return phases, logits_of(splits.test)
 
 
@@ -209,6 +212,31 @@ def test_cached_and_uncached_runs_agree(splits, tmp_path, augmentation):
     )  # features, at the cut, a view per epoch
 
 
+def test_a_shallower_run_starts_from_what_a_deeper_one_left(splits, tmp_path):
+    options = {"augmentation": "none", "cache_dir": str(tmp_path), "cache": "auto"}
+    train(splits, depth="2", **options)
+
+    def no_loader(augmentation):
+        pytest.fail("the images were read again")
+
+    _, logits = train(splits, depth="1", loader=no_loader, **options)
+    _, expected = train(splits, depth="1", **{**options, "cache": "memory"})
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_a_row_that_all_examples_share_is_kept_once(tmp_path):
+    rows, bias = rows_of(10)
+
+    def compute():
+        for start in (0, 4, 8):
+            yield [rows[start : start + 4], bias[: 0 if start else 1]]
+
+    for root in (tmp_path, tmp_path, None):
+        arrays = cache.activations(root, "key", 10, compute).arrays
+        np.testing.assert_array_equal(arrays[0][np.arange(10)], rows)
+        assert arrays[1].shape == (1, 5)
+
+
 def test_two_replicas_train_on_the_cache_as_one(splits, mirrored):
     options = {"cache": "memory", "head_solver": "sgd", "optimizer": "sgd", "dropout": 0.0}
     one, two = train(splits, **options)[0], train(splits, mirrored, **options)[0]
@@ -220,7 +248,7 @@ def test_lbfgs_finds_a_better_head_than_epochs_do(splits):
     quick, logits = train(splits, cache="memory", depth="head")
     assert quick[0]["solver"] == "lbfgs" and quick[0]["weights"]["still"] == 0
     assert quick[0]["val_loss"] < slow[0]["val_loss"]
-    loss, _ = training.mean_loss_and_accuracy(targets_of(splits.test, 3), logits, multi_label=False)
+    loss, _ = steps.mean_loss_and_accuracy(targets_of(splits.test, 3), logits, multi_label=False)
     assert loss < 1.1  # guessing has log 3
 
 

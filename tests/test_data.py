@@ -4,6 +4,7 @@ import collections
 import shutil
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
@@ -164,3 +165,34 @@ def test_order_and_augmentation_are_functions_of_seed_and_epoch(png_folder):
     first = {r: image for r, image in zip(rows, images) if r >= 0}
     second = {r: image for r, image in zip(other_rows, other_images) if r >= 0}
     assert all(np.abs(first[r] - second[r]).max() > 1 for r in first)  # another crop in another epoch
+
+
+def test_batches_of_several_parts_hold_one_part_each():
+    """Texts of different lengths: every row once, each batch of one shape, and a row that all share."""
+    lengths, sizes = (4, 8, 16), (10, 7, 1)
+    part_of = np.repeat([0, 1, 2], sizes)[np.random.default_rng(0).permutation(18)]
+    places = np.array([(part_of[:row] == part_of[row]).sum() for row in range(18)])
+    parts = []
+    for part, (length, size) in enumerate(zip(lengths, sizes)):
+        tokens = np.full((size, length), part, np.int32)
+        tokens[:, 0] = np.arange(size)
+        parts.append([tokens, np.full((1, length), part, np.float32)])
+    table = pa.table({"label": np.arange(18) % 3, "weight": np.ones(18, np.float32)})
+    orders = []
+    for epoch in (0, 1):
+        seen, found = [], []
+        batches = data.cached_dataset(
+            table, parts, part_of, places, class_count=3, batch_size=4, epoch=epoch, training=True, seed=5
+        )
+        assert batches.element_spec[0][0].shape.as_list() == [4, None]
+        for (tokens, shared), targets, weights, rows in batches.as_numpy_iterator():
+            (part,) = set(tokens[:, 1])
+            assert tokens.shape[1] == shared.shape[1] == lengths[part] and (shared == part).all()
+            real = rows >= 0
+            assert (part_of[rows[real]] == part).all() and (places[rows[real]] == tokens[real, 0]).all()
+            assert (targets[real].argmax(1) == rows[real] % 3).all() and (weights == real).all()
+            seen += rows[real].tolist()
+            found.append(part)
+        assert sorted(seen) == list(range(18)) and len(found) == 3 + 2 + 1
+        orders.append((seen, found))
+    assert orders[0] != orders[1]

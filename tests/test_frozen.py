@@ -16,8 +16,9 @@ def test_it_gives_what_the_model_gives(preset, request):
     height, width = backbone.preprocess.image_size
     images = tf.random.stateless_normal([3, height, width, 3], [0, 0])
     prefix, suffix = split(backbone, 1)
-    below = frozen_function(lambda x: run_encoder(prefix, x, False), [images.shape[1:]])
-    above = frozen_function(lambda *x: run_encoder(suffix, list(x), False), [t.shape[1:] for t in below(images)])
+    below = frozen_function(lambda x: run_encoder(prefix, x, False), [(images.shape[1:], "float32")])
+    crossing = [(tensor.shape[1:], "float32") for tensor in below(images)]
+    above = frozen_function(lambda *x: run_encoder(suffix, list(x), False), crossing)
     (features,) = above(*below(images))
     np.testing.assert_allclose(features, run_encoder(backbone.encoder, images, False), rtol=1e-4, atol=1e-4)
     # As it was: a weight that changes later changes nothing.

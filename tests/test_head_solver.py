@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 from scipy import special
 
+from pipelines import head_solver
+from pipelines.cache import FileRows, Rows
 from pipelines.head_solver import solve_head
 
 
@@ -25,7 +27,8 @@ def test_it_equals_scikit_learns_logistic_regression():
 
     features, targets, weights = made_problem()
     train, val = slice(0, 300), slice(300, 400)
-    kernel, bias, path, best = solve_head(features[train], targets[train], weights[train], features[val], targets[val])
+    heads, path, best, _ = solve_head(features[train], targets[train], weights[train], features[val], targets[val])
+    kernel, bias = heads[best]
     mean, deviation = features[train].mean(axis=0), features[train].std(axis=0)
     # scikit-learn weighs the sum of losses with C and leaves the penalty alone.
     share = weights[train] / weights[train].sum()
@@ -37,24 +40,38 @@ def test_it_equals_scikit_learns_logistic_regression():
     assert path[best]["val_loss"] == pytest.approx(-np.log(found[targets[val] > 0]).mean(), rel=1e-4)
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_chunks_of_features_give_the_same_head(monkeypatch, tmp_path, in_memory):
+    features, targets, weights = made_problem()
+    rows = (features[:300], targets[:300], weights[:300], features[300:], targets[300:])
+    expected = solve_head(*rows)
+    monkeypatch.setattr(head_solver, "ROWS_AT_ONCE", 64)
+    np.save(tmp_path / "features.npy", features)
+    array = features if in_memory else FileRows(tmp_path / "features.npy")
+    train, val = Rows(array, np.arange(300)), Rows(array, np.arange(300, 400))
+    found = solve_head(train, *rows[1:3], val, rows[4])
+    best = expected[2]
+    assert found[2:] == expected[2:]
+    (kernel, bias), (expected_kernel, expected_bias) = found[0][best], expected[0][best]
+    np.testing.assert_allclose(features @ kernel + bias, features @ expected_kernel + expected_bias, atol=0.02)
+
+
 @pytest.mark.parametrize("multi_label", [False, True])
 def test_the_penalty_is_chosen_on_validation(multi_label):
     features, targets, weights = made_problem(multi_label=multi_label)
-    path, best = solve_head(features[:200], targets[:200], weights[:200], features[200:], targets[200:], multi_label)[
-        2:
-    ]
+    rows = (features[:200], targets[:200], weights[:200], features[200:], targets[200:])
+    _, path, best, simplest = solve_head(*rows, multi_label)
     losses = [step["val_loss"] for step in path]
-    lowest = losses.index(min(losses))
-    assert 0 < best <= lowest < len(path) - 1 and losses[best] < losses[lowest] + 0.1
-    assert losses[best - 1] > losses[best]
+    assert losses[best] == min(losses) and best < len(path) - 1
+    assert 0 < simplest <= best and losses[simplest] < losses[best] + 0.1 and losses[simplest - 1] > losses[simplest]
     assert [step["loss"] for step in path] == sorted((step["loss"] for step in path), reverse=True)
 
 
 def test_a_feature_that_never_changes_does_no_harm():
     features, targets, weights = made_problem()
     features[:, 3] = 7.0
-    kernel, bias, path, best = solve_head(
+    heads, path, best, _ = solve_head(
         features[:300], targets[:300], weights[:300], features[300:], targets[300:], label_smoothing=0.1
     )
-    assert np.isfinite(kernel).all() and np.isfinite(bias).all()
+    assert all(np.isfinite(part).all() for part in heads[best])
     assert path[best]["val_accuracy"] > 0.4  # four classes, noisy labels

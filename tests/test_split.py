@@ -13,7 +13,8 @@ from tests.conftest import tiny_backbone
 PRESETS = ("tiny_preset", "tiny_resnet_preset", "tiny_resnet_v2_preset", "tiny_mobilenet_preset", "tiny_vit_preset")
 
 
-def check_every_cut(backbone, inputs):
+def check_every_cut(backbone, inputs) -> int:
+    """Assert that each cut is exact, gradients included; how many there were."""
     for block in backbone.blocks:
         for layer in block.layers:
             layer.trainable = True
@@ -36,6 +37,7 @@ def check_every_cut(backbone, inputs):
                 assert gradient is expected[id(weight)] is None
             else:
                 np.testing.assert_allclose(gradient, expected[id(weight)], rtol=1e-5, atol=1e-7)
+    return cut
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -43,7 +45,7 @@ def test_every_cut_of_every_family_is_exact(preset, request):
     backbone = load_backbone(str(request.getfixturevalue(preset)))
     height, width = backbone.preprocess.image_size
     inputs = np.random.default_rng(0).normal(size=(2, height, width, 3)).astype("float32")
-    check_every_cut(backbone, tf.constant(inputs))
+    assert check_every_cut(backbone, tf.constant(inputs)) == len(backbone.blocks) - 1
 
 
 def test_several_tensors_cross_a_cut_masks_and_inputs_among_them():
@@ -64,7 +66,7 @@ def test_several_tensors_cross_a_cut_masks_and_inputs_among_them():
     )
     random = np.random.default_rng(0)
     inputs = [tf.constant(random.normal(size=(2, 6, 4)), tf.float32), tf.constant(random.random((2, 6)), tf.float32)]
-    check_every_cut(backbone, inputs)
+    assert check_every_cut(backbone, inputs) == 2
     prefix, _ = split(backbone, 1)
     assert len(prefix.outputs) == 4  # low, position, and the mask twice, spread over channels
 

@@ -11,7 +11,7 @@ import tensorflow as tf
 from models import GraftError, freezing
 from models.classifier import Classifier
 from models.optimizer import make_optimizer, weight_rules
-from pipelines import training
+from pipelines import prediction, steps, training
 from pipelines.config import ImageConfig
 from pipelines.data import dataset, image_loader, load_images, targets_of
 from pipelines.sources import find_images
@@ -103,7 +103,7 @@ def test_the_models_own_losses_count_once_in_loss_and_gradient(mirrored, replica
     batch = one_batch()
     inputs, targets, weights, _ = batch
     with tf.GradientTape() as tape:
-        losses = training.cross_entropy(targets, model(inputs), False) * weights
+        losses = steps.cross_entropy(targets, model(inputs), False) * weights
         assert len(model.losses) == 2
         expected = tf.reduce_sum(losses) / weights.sum() + tf.add_n(model.losses)
     gradients = tape.gradient(expected, [weight.value for weight in model.trainable_weights])
@@ -178,8 +178,8 @@ def test_batch_norm_trains_when_asked_and_its_statistics_are_those_of_the_best_e
 
 def validation_loss(model, splits):
     strategy, load = tf.distribute.get_strategy(), image_loader(model.backbone.preprocess, 255)
-    logits = training.predictor(model, strategy, load, batch_size=8)(splits.val)
-    return training.mean_loss_and_accuracy(targets_of(splits.val, 3), logits, multi_label=False)[0]
+    logits = prediction.predictor(model, strategy, load, batch_size=8)(splits.val)
+    return steps.mean_loss_and_accuracy(targets_of(splits.val, 3), logits, multi_label=False)[0]
 
 
 def test_the_same_seed_gives_the_same_figures_and_another_does_not(splits):
@@ -233,7 +233,7 @@ def test_every_example_counts_once_whatever_the_batch_size(splits, mirrored, bat
     images = np.stack([load(path, tf.constant([0, 0])).numpy() for path in splits.train["path"].to_pylist()])
     expected = model(images, training=False).numpy()
     batches = dataset(splits.train, load, class_count=3, batch_size=batch_size, epoch=3, training=True)
-    logits = training.predict_logits(training.make_predict_step(model, mirrored), mirrored, batches, len(images))
+    logits = prediction.predict_logits(steps.make_predict_step(model, mirrored), mirrored, batches, len(images))
     np.testing.assert_allclose(logits, expected, atol=1e-5)
     rows = np.concatenate([rows for _, _, _, rows in batches.as_numpy_iterator()])
     weights = np.concatenate([weights for _, _, weights, _ in batches.as_numpy_iterator()])
@@ -250,10 +250,10 @@ def test_the_loss_is_kerass_with_label_smoothing():
     for multi_label, kind in kinds.items():
         for smoothing in (0.0, 0.1):
             reference = kind(from_logits=True, label_smoothing=smoothing, reduction=None)
-            losses = training.cross_entropy(targets[multi_label], logits, multi_label, smoothing)
+            losses = steps.cross_entropy(targets[multi_label], logits, multi_label, smoothing)
             np.testing.assert_allclose(losses, reference(targets[multi_label], logits), rtol=1e-5)
-        loss, accuracy = training.mean_loss_and_accuracy(targets[multi_label], logits, multi_label)
-        losses = training.cross_entropy(targets[multi_label], logits, multi_label)
+        loss, accuracy = steps.mean_loss_and_accuracy(targets[multi_label], logits, multi_label)
+        losses = steps.cross_entropy(targets[multi_label], logits, multi_label)
         assert loss == pytest.approx(float(tf.reduce_mean(losses)), rel=1e-5)
         right = (logits > 0) == (targets[True] > 0) if multi_label else logits.argmax(axis=1) == labels
         assert accuracy == pytest.approx(np.mean(right))
