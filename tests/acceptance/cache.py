@@ -15,8 +15,7 @@ import sys
 import time
 
 from tests.acceptance import tools
-from tests.acceptance.tools import PYTHON, ROOT, graft
-from tests.benchmarks.second_run import own_cache
+from tests.acceptance.tools import PYTHON, ROOT, graft, own_cache
 
 
 def benchmark(name: str, *words) -> str:

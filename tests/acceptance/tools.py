@@ -9,6 +9,8 @@ import sys
 import tempfile
 import time
 
+from models import offline
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PYTHON = sys.executable
 
@@ -20,6 +22,13 @@ def graft(*words, timeout=1800, **environment):
     variables = {**os.environ, **environment}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=variables)
     return done, time.perf_counter() - started
+
+
+def own_cache(folder: pathlib.Path) -> dict[str, str]:
+    """The environment of runs whose cache holds the fetched weights and data, and nothing else."""
+    for name in ("wheels", "unpacked", "data"):
+        (folder / name).symlink_to(offline.cache_folder() / name)
+    return {**os.environ, "GRAFT_CACHE": str(folder)}
 
 
 def tests(what: str, *words):

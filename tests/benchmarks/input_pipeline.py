@@ -15,6 +15,8 @@ import time
 
 import numpy as np
 
+from tests.benchmarks.picture import save_result
+
 COUNT, BATCH, SIDE = 960, 32, 224
 
 
@@ -39,7 +41,9 @@ def write_photographs(folder: pathlib.Path) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--json", help="file to which the result is added")
+    options = parser.parse_args()
+    rounds = options.rounds
     import pyarrow as pa
     import tensorflow as tf
 
@@ -74,6 +78,8 @@ def main() -> int:
                     rates[name].append(COUNT / (time.perf_counter() - started))
     for name, values in rates.items():
         print(f"{name:6} {np.median(values):7.0f} images per second ({', '.join(f'{v:.0f}' for v in values)})")
+    if options.json:
+        save_result(options.json, "input_pipeline", {name: float(np.median(values)) for name, values in rates.items()})
     print(f"Graft's pipeline reaches {np.median(rates['graft']) / np.median(rates['bare']):.0%} of the bare one")
     return 0
 

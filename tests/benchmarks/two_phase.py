@@ -1,16 +1,19 @@
 """Graft's two phases against a plain Keras `Model.fit` loop: `python -m tests.benchmarks.two_phase`.
 
-Same backbone (EfficientNet-Lite0), images (4,000 tiles of `textures` at stride 24, 96 px), splits, trainable layers,
-batch and epochs (10 + 5), no augmentation. Each side runs in a process of its own, in alternating order; imports and
-loading weights are outside on both sides, everything from the first file read to the test metrics is inside. The plain
-loop is the official guide's (https://keras.io/guides/transfer_learning): frozen base called with training=False,
-`fit`, thaw, compile again, `fit`; it keeps its decoded images in memory with `cache()`, as the guide does.
+Same backbone (EfficientNet-Lite0; with `--backbone vit` a ViT of MiniLM's size, random weights), images (4,000 tiles of
+`textures` at stride 24, 96 px), splits, trainable layers, batch and epochs (10 + 5), no augmentation. Each side runs in
+a process of its own, in alternating order; imports and loading weights are outside on both sides, everything from the
+first file read to the test metrics is inside. The plain loop is the official guide's
+(https://keras.io/guides/transfer_learning): frozen base called with training=False, `fit`, thaw, compile again, `fit`;
+it keeps its decoded images in memory with `cache()`, as the guide does.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 import tempfile
@@ -18,7 +21,8 @@ import time
 
 import numpy as np
 
-from tests.acceptance.tools import PYTHON, ROOT
+from tests.acceptance.tools import PYTHON, ROOT, own_cache
+from tests.benchmarks.picture import save_result
 
 IMAGES, TEST_IMAGES, SIDE, BATCH, HEAD_EPOCHS, FINE_TUNE_EPOCHS, DEPTH = 4000, 1000, 96, 32, 10, 5, 2
 
@@ -36,26 +40,48 @@ def chosen_tiles(seed: int):
     return chosen
 
 
-def build(seed: int):
-    import dataclasses
+def random_vit(seed: int):
+    """A ViT as large as MiniLM-L6 (6 units of width 384, 12 heads), 16-pixel patches, random weights."""
+    import keras
+    import keras_hub
 
+    from models.backbone import load_backbone
+
+    keras.utils.set_random_seed(seed)
+    sizes = {"patch_size": 16, "num_layers": 6, "num_heads": 12, "hidden_dim": 384, "mlp_dim": 1536}
+    with tempfile.TemporaryDirectory() as folder:
+        keras_hub.models.ViTBackbone(image_shape=(SIDE, SIDE, 3), **sizes).save_to_preset(folder)
+        backbone = load_backbone(folder)
+    backbone.preprocess = dataclasses.replace(backbone.preprocess, mean=(127.0,) * 3, deviation=(128.0,) * 3)
+    return backbone
+
+
+def build(seed: int, name: str = "efficientnet_lite0", side: int = SIDE):
+    from models.backbone import load_backbone
     from models.classifier import Classifier
-    from models.efficientnet_lite import load_efficientnet_lite0
 
-    backbone = load_efficientnet_lite0()
-    backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=(SIDE, SIDE))
+    backbone = random_vit(seed) if name == "vit" else load_backbone(name)
+    backbone.preprocess = dataclasses.replace(backbone.preprocess, image_size=(side, side))
     return backbone, lambda classes: Classifier(backbone, classes, 0.2, seed)
 
 
-def graft_side(seed: int, cache_dir: str, depth: str = str(DEPTH), label_smoothing: float = 0.0) -> dict:
+def graft_side(
+    seed: int,
+    cache_dir: str = "",
+    depth: str = str(DEPTH),
+    label_smoothing: float = 0.0,
+    name: str = "efficientnet_lite0",
+    side: int = SIDE,
+) -> dict:
     import tensorflow as tf
 
     from pipelines.config import ImageConfig
     from pipelines.data import image_loader, load_images, targets_of
-    from pipelines.training import fit_two_phase, mean_loss_and_accuracy
+    from pipelines.steps import mean_loss_and_accuracy
+    from pipelines.training import fit_two_phase
 
     tf.keras.utils.set_random_seed(seed)
-    found, (backbone, classifier) = chosen_tiles(seed), build(seed)
+    found, (backbone, classifier) = chosen_tiles(seed), build(seed, name, side)
     config = ImageConfig()
     config.training.seed, config.training.batch_size, config.training.patience = seed, BATCH, 99
     config.training.label_smoothing = label_smoothing
@@ -80,16 +106,16 @@ def graft_side(seed: int, cache_dir: str, depth: str = str(DEPTH), label_smoothi
     return {"phase_1": marks[0], "total": time.perf_counter() - started, "accuracy": accuracy}
 
 
-def plain_side(seed: int, cache_dir: str) -> dict:
+def plain_side(seed: int, name: str = "efficientnet_lite0") -> dict:
     import keras
     import tensorflow as tf
 
     from pipelines.data import image_loader, load_images
 
     keras.utils.set_random_seed(seed)
-    found, (backbone, _) = chosen_tiles(seed), build(seed)
+    found, (backbone, _) = chosen_tiles(seed), build(seed, name)
     splits = load_images(found)  # the same splits; its time is not the plain loop's
-    load = image_loader(backbone.preprocess, splits.white_level)
+    load = image_loader(backbone.preprocess, splits.white_level, plain=splits.plain)
 
     started = time.perf_counter()
 
@@ -105,7 +131,7 @@ def plain_side(seed: int, cache_dir: str) -> dict:
     base = backbone.encoder
     base.trainable = False
     inputs = keras.Input((SIDE, SIDE, 3))
-    x = keras.layers.GlobalAveragePooling2D()(base(inputs, training=False))
+    x = backbone.pooled(base(inputs, training=False))
     outputs = keras.layers.Dense(len(splits.class_names))(keras.layers.Dropout(0.2)(x))
     model = keras.Model(inputs, outputs)
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -125,23 +151,26 @@ def plain_side(seed: int, cache_dir: str) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="runs of each side, with seeds 0, 1, ...")
+    parser.add_argument("--backbone", choices=["efficientnet_lite0", "vit"], default="efficientnet_lite0")
+    parser.add_argument("--json", help="file to which the result is added")
     parser.add_argument("--side", choices=["graft", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--cache-dir", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        side = graft_side if options.side == "graft" else plain_side
-        print(json.dumps(side(options.seed, options.cache_dir)))
+        if options.side == "graft":
+            print(json.dumps(graft_side(options.seed, name=options.backbone)))
+        else:
+            print(json.dumps(plain_side(options.seed, options.backbone)))
         return 0
     results = {"graft": [], "plain": []}
     print("side    seed   phase 1   both phases   test accuracy")
     for seed in range(options.runs):
         for side in ("graft", "plain") if seed % 2 == 0 else ("plain", "graft"):
-            with tempfile.TemporaryDirectory() as cache_dir:
+            with tempfile.TemporaryDirectory() as cache:
                 command = [PYTHON, "-m", "tests.benchmarks.two_phase", "--side", side, "--seed", str(seed)]
-                done = subprocess.run(
-                    [*command, "--cache-dir", cache_dir], cwd=ROOT, capture_output=True, text=True, check=False
-                )
+                command += ["--backbone", options.backbone]
+                environment = own_cache(pathlib.Path(cache))
+                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(done.stderr)
             row = json.loads(done.stdout.splitlines()[-1])
@@ -153,8 +182,11 @@ def main() -> int:
         return float(np.median([row[figure] for row in results[side]]))
 
     ratios = {figure: middle("plain", figure) / middle("graft", figure) for figure in ("phase_1", "total")}
-    accuracies = {side: np.mean([row["accuracy"] for row in rows]) for side, rows in results.items()}
+    accuracies = {side: float(np.mean([row["accuracy"] for row in rows])) for side, rows in results.items()}
     print(f"medians: {ratios['phase_1']:.1f} times sooner in phase 1, {ratios['total']:.1f} times over both phases")
+    if options.json:
+        seconds = {side: {name: middle(side, name) for name in ratios} for side in results}
+        save_result(options.json, "two_phase", {"seconds": seconds, "accuracy": accuracies})
     print(f"mean test accuracy: Graft {accuracies['graft']:.3f}, plain {accuracies['plain']:.3f}")
     return 0
 
