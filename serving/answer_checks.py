@@ -30,11 +30,15 @@ def check_answers(session, samples, expected, tolerance, class_names, thresholds
     if not samples:
         return 0.0, []
     inputs = session.signatures["serving_default"]["inputs"]
-    if [dtype for dtype, _ in inputs.values()] != ["string"]:
-        raise CheckFailed(f"signature serving_default: inputs {inputs}, expected a single one, of strings")
-    (name,) = inputs
+    width = len(samples[0]) if isinstance(samples[0], tuple) else 1
+    if [dtype for dtype, _ in inputs.values()] != ["string"] * width:
+        wanted = "a single one, of strings" if width == 1 else f"{width} of strings"
+        raise CheckFailed(f"signature serving_default: inputs {inputs}, expected {wanted}")
     batches = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
-    answers = [run_checked(session, "serving_default", {name: batch}, class_names, thresholds) for batch in batches]
+    answers = [
+        run_checked(session, "serving_default", input_columns(inputs, batch), class_names, thresholds)
+        for batch in batches
+    ]
     if "probabilities" not in answers[0]:
         raise CheckFailed(f"signature serving_default: outputs {sorted(answers[0])}, expected probabilities")
     served = np.concatenate([answer["probabilities"] for answer in answers])
@@ -57,13 +61,22 @@ def check_answers(session, samples, expected, tolerance, class_names, thresholds
     return largest, good[:ROWS]
 
 
+def input_columns(inputs, samples) -> dict[str, list[bytes]]:
+    """Samples -> {input name: values}. A sample of several inputs is a tuple, in the order of the inputs' names."""
+    if not isinstance(samples[0], tuple):
+        samples = [(sample,) for sample in samples]
+    return dict(zip(sorted(inputs), map(list, zip(*samples, strict=True)), strict=True))
+
+
 def check_rows(session, signature, samples, class_names, thresholds=None) -> float:
     """Run a signature with 0 to ROWS rows, compare with single rows, return the largest difference.
 
     Where it takes strings, a bad item in the middle must leave its neighbours' rows as they are.
     """
     inputs = session.signatures[signature]["inputs"]
-    rows = {name: made_rows(name, *inputs[name], samples) for name in inputs}
+    texts = [name for name in inputs if inputs[name][0] == "string"]
+    known = input_columns(texts, samples) if texts and samples else {}
+    rows = {name: made_rows(name, *inputs[name], known.get(name, [])) for name in inputs}
 
     def run(*order):
         chosen = {name: rows[name][list(order)] for name in rows}
@@ -74,7 +87,6 @@ def check_rows(session, signature, samples, class_names, thresholds=None) -> flo
     for count in range(ROWS + 1):
         what = f"signature {signature}, {count} rows"
         largest = max(largest, compare_rows(what, run(*range(count)), singles, range(count)))
-    texts = [name for name in inputs if inputs[name][0] == "string"]
     for name in texts:
         rows[name][1] = BAD_ITEM
     if texts:

@@ -51,12 +51,7 @@ def export_image_classifier(
     `assets.extra` gets labels.txt, a class a line, and graft.json: `details` and what is known here.
     Nothing from the training set is written. Raises GraftError for a class name that is no line of text.
     """
-    class_names = list(class_names)
-    if model.multi_label != (thresholds is not None):
-        raise ValueError("thresholds: a multi-label model needs one per class, any other model takes none")
-    for name in class_names:
-        if name.splitlines() != [name] or name != name.encode(errors="replace").decode():
-            raise GraftError(f"class name {name!r}: labels.txt needs one line of UTF-8 text for it. Rename it")
+    class_names = check_class_names(model, class_names, thresholds)
 
     def apply(function, images):
         """Images [n, height, width, 3] float32, 0 to 255, of the model's size -> float32 [n, ...].
@@ -70,15 +65,7 @@ def export_image_classifier(
         return tf.cast(function(images, training=False), tf.float32)[:count]
 
     def answers(images, errors):
-        logits = apply(model, images)
-        good = (errors == "")[:, None]  # [n, 1]
-        probabilities = tf.where(good, tf.nn.sigmoid(logits) if model.multi_label else tf.nn.softmax(logits), 0.0)
-        scores, order = tf.math.top_k(probabilities, k=min(LISTED_CLASSES, len(class_names)))
-        labels = tf.where(good, tf.gather(tf.constant(class_names), order), "")
-        outputs = {"labels": labels, "scores": scores, "probabilities": probabilities, "error": errors}
-        if model.multi_label:
-            outputs["chosen"] = good & (probabilities >= tf.constant(thresholds, tf.float32))
-        return outputs
+        return class_outputs(model, apply(model, images), errors, class_names, thresholds)
 
     def decode(image_bytes):
         # Decoders have no GPU kernels; without this pin the placer may spread their inputs over devices.
@@ -99,31 +86,65 @@ def export_image_classifier(
 
     image_bytes = [tf.TensorSpec([None], tf.string, name="image_bytes")]
     pixels = [tf.TensorSpec([None, None, None, 3], tf.float32, name="pixels")]
-    # Keras's archive finds the variables behind each endpoint by itself. No archive.track(model): with
-    # it every weight is saved twice, as Keras's variable and as the TensorFlow one inside.
+    endpoints = {
+        "serving_default": (serve_bytes, image_bytes),
+        "features": (serve_features, image_bytes),
+        "pixels": (serve_pixels, pixels),
+    }
+    write_archive(folder, endpoints)
+    known = {
+        "image_size": list(preprocess.image_size),
+        "preprocess": dataclasses.asdict(preprocess),
+        "white_level": white_level,
+    }
+    write_assets(folder, model, class_names, thresholds, {**(details or {}), **known})
+
+
+def check_class_names(model, class_names, thresholds) -> list[str]:
+    """The class names as a list; raises GraftError for one that is no line of text."""
+    if model.multi_label != (thresholds is not None):
+        raise ValueError("thresholds: a multi-label model needs one per class, any other model takes none")
+    for name in class_names:
+        if name.splitlines() != [name] or name != name.encode(errors="replace").decode():
+            raise GraftError(f"class name {name!r}: labels.txt needs one line of UTF-8 text for it. Rename it")
+    return list(class_names)
+
+
+def class_outputs(model, logits, errors, class_names, thresholds) -> dict:
+    """Logits [n, classes] float32 and errors [n] string -> the outputs of `serving_default`."""
+    good = (errors == "")[:, None]  # [n, 1]
+    probabilities = tf.where(good, tf.nn.sigmoid(logits) if model.multi_label else tf.nn.softmax(logits), 0.0)
+    scores, order = tf.math.top_k(probabilities, k=min(LISTED_CLASSES, len(class_names)))
+    labels = tf.where(good, tf.gather(tf.constant(class_names), order), "")
+    outputs = {"labels": labels, "scores": scores, "probabilities": probabilities, "error": errors}
+    if model.multi_label:
+        outputs["chosen"] = good & (probabilities >= tf.constant(thresholds, tf.float32))
+    return outputs
+
+
+def write_archive(folder, endpoints: dict, tracked=()) -> None:
+    """Write a SavedModel: {signature: (function, its inputs as TensorSpecs)}; `tracked` holds lookup tables.
+
+    Keras's archive finds the variables behind each endpoint by itself. No archive.track(model): with it every
+    weight is saved twice, as Keras's variable and as the TensorFlow one inside.
+    """
     archive = keras.export.ExportArchive()
-    for name, function, inputs in (
-        ("serving_default", serve_bytes, image_bytes),
-        ("features", serve_features, image_bytes),
-        ("pixels", serve_pixels, pixels),
-    ):
+    for resource in tracked:
+        archive.track(resource)
+    for name, (function, inputs) in endpoints.items():
         # Nothing here needs autograph, and converting takes seconds.
         archive.add_endpoint(name, tf.function(function, input_signature=inputs, autograph=False))
     archive.write_out(str(folder), verbose=False)
 
-    known = {
-        "backbone": model.backbone.name,
-        "class_names": class_names,
-        "image_size": list(preprocess.image_size),
-        "preprocess": dataclasses.asdict(preprocess),
-        "white_level": white_level,
-        "multi_label": model.multi_label,
-    }
+
+def write_assets(folder, model, class_names, thresholds, details: dict) -> None:
+    """Write labels.txt, a class a line, and graft.json: `details` and what every classifier has."""
+    known = {"backbone": model.backbone.name, "class_names": class_names, "multi_label": model.multi_label}
     if model.multi_label:
         known["thresholds"] = [float(value) for value in np.asarray(thresholds, np.float32)]
     (Path(folder) / LABELS_FILE).parent.mkdir(exist_ok=True)
     (Path(folder) / LABELS_FILE).write_text("".join(f"{name}\n" for name in class_names), "utf-8")
-    text = json.dumps({**(details or {}), **known}, indent=2, ensure_ascii=False)
+    text = json.dumps({**details, **known}, indent=2, ensure_ascii=False)
     (Path(folder) / DETAILS_FILE).write_text(text + "\n", "utf-8")
 
 

@@ -47,6 +47,7 @@ _FUNCTIONS = {  # name -> result, then arguments; letters as in _TYPES
     "TF_DeleteBuffer": "-p",
     "TF_NewGraph": "p",
     "TF_DeleteGraph": "-p",
+    "TF_LoadLibrary": "ptp",
     "TF_GraphOperationByName": "ppt",
     "TF_OperationNumOutputs": "ip",
     "TF_NewSessionOptions": "p",
@@ -150,6 +151,28 @@ def load_library() -> ctypes.CDLL:
         # it stays as it is where TensorFlow is imported: training there may well compile with XLA.
         library._ZN10tensorflow21DisableXlaCompilationEv()
     return library
+
+
+@functools.cache
+def load_text_ops() -> None:
+    """Register TF-Text's ops, which are linked into the stock server, from the libraries of its wheel.
+
+    Raises SessionError where it is not installed. Loading them again in a process that has imported
+    tensorflow_text is allowed.
+    """
+    library = load_library()
+    spec = importlib.util.find_spec("tensorflow_text")
+    if spec is None or spec.origin is None:
+        raise SessionError("the model uses ops of TF-Text, which is not installed: pip install tensorflow-text")
+    for path in sorted((Path(spec.origin).parent / "python" / "ops").glob("_*.so")):
+        with checked_status(library, str(path)) as status:
+            library.TF_LoadLibrary(os.fsencode(path), status)
+
+
+def uses_text_ops(graph: bytes) -> bool:
+    """Whether a serialized saved_model.pb names an op of TF-Text; one look at its bytes, nothing is parsed."""
+    names = (Path(__file__).parent / "ops" / "text_2.20.0.txt").read_bytes().split()
+    return any(name in graph for name in names)
 
 
 @contextlib.contextmanager

@@ -22,8 +22,10 @@ from serving.runtime import (
     import_protos,
     input_array,
     load_library,
+    load_text_ops,
     to_array,
     to_tensor,
+    uses_text_ops,
 )
 
 SERVE_TAG = "serve"
@@ -49,6 +51,8 @@ class Session:
                 f"{folder}: no saved_model.pb in it. Expected the folder of a version, such as serving/NAME/1"
             )
         self._library = library = load_library()
+        if uses_text_ops((self.folder / "saved_model.pb").read_bytes()):
+            load_text_ops()
         self._condition = threading.Condition()
         self._running = 0  # calls of `run` in progress; `close` waits for them
         self._session = None

@@ -9,8 +9,8 @@ from models import GraftError
 from serving.runtime import import_protos
 from serving.session import INIT_SIGNATURE, SERVE_TAG, describe_tensor
 
-# Ops of TensorFlow core as linked into the stock server of each release, one name a line.
-OP_LISTS = {"2.20": "2.20.0.txt", "2.19": "2.19.1.txt"}
+# Ops of TensorFlow core and of TF-Text as linked into the stock server of each release, one name a line.
+OP_LISTS = {"2.20": ("2.20.0.txt", "text_2.20.0.txt"), "2.19": ("2.19.1.txt", "text_2.12.1.txt")}
 OLDER_TARGET = "2.19"  # not required; what it lacks is reported
 VARIABLE_OPS = {"VarHandleOp", "VariableV2", "Variable"}
 PYTHON_OPS = {"PyFunc", "PyFuncStateless", "EagerPyFunc"}
@@ -105,7 +105,8 @@ def read_op_list(target: str) -> set[str]:
     """Names of the ops in the stock server of `target`, a release such as "2.20"."""
     if target not in OP_LISTS:
         raise GraftError(f"target {target!r}: no list of its ops. Known: {', '.join(OP_LISTS)}")
-    return set((Path(__file__).parent / "ops" / OP_LISTS[target]).read_text().split())
+    folder = Path(__file__).parent / "ops"
+    return {op for file in OP_LISTS[target] for op in (folder / file).read_text().split()}
 
 
 def all_nodes(graph) -> Iterator:

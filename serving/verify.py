@@ -44,7 +44,8 @@ class VerificationError(GraftError):
 def verify(folder, samples, expected_probabilities, target="2.20", tolerance=PROBABILITY_TOLERANCE) -> dict:
     """Verify the version folder `folder` in a fresh process; raises VerificationError.
 
-    samples: raw inputs of `serving_default`, a list of bytes. expected_probabilities: the training side's
+    samples: raw inputs of `serving_default`, a list of bytes; of a model with several inputs a list of tuples of
+    bytes, in the order of the inputs' names. expected_probabilities: the training side's
     answers to them, [n, classes] float32, zeros for an item that cannot be read; on a GPU computed with
     TF32 off. The server runs on the CPU meanwhile, so that it leaves the GPU to its parent.
 
@@ -54,10 +55,13 @@ def verify(folder, samples, expected_probabilities, target="2.20", tolerance=PRO
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="graft-verify-") as scratch:
         file = Path(scratch) / "samples.npz"
+        width = len(samples[0]) if len(samples) and isinstance(samples[0], tuple) else 0
+        parts = list(itertools.chain.from_iterable(samples)) if width else samples
         np.savez(
             file,
-            data=np.frombuffer(b"".join(samples), np.uint8),
-            lengths=np.array([len(sample) for sample in samples], np.int64),
+            data=np.frombuffer(b"".join(parts), np.uint8),
+            lengths=np.array([len(part) for part in parts], np.int64),
+            width=width,  # of a tuple; 0: samples are no tuples
             expected=np.asarray(expected_probabilities, np.float32),
         )
         command = [sys.executable, "-m", "serving.verify", str(Path(folder).absolute()), "--json"]
@@ -123,8 +127,9 @@ def read_samples(file):
     """Samples and expected probabilities, as `verify` writes them."""
     with np.load(file) as content:
         data, ends = content["data"].tobytes(), [0, *np.cumsum(content["lengths"]).tolist()]
-        expected = content["expected"]
-    return [data[start:end] for start, end in itertools.pairwise(ends)], expected
+        expected, width = content["expected"], int(content["width"])
+    parts = [data[start:end] for start, end in itertools.pairwise(ends)]
+    return list(zip(*[iter(parts)] * width, strict=True)) if width else parts, expected
 
 
 def main(arguments=None) -> int:

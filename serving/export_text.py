@@ -1,0 +1,67 @@
+"""From a trained text classifier to a SavedModel that takes strings: `serving/export.py` for text."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import keras
+import tensorflow as tf
+
+from models.backbone import TextPreprocess
+from models.text_inputs import read_texts
+from serving.export import check_class_names, class_outputs, write_archive, write_assets
+
+
+def export_text_classifier(
+    model: keras.Model,
+    preprocess: TextPreprocess,
+    class_names: list[str],
+    folder,
+    details: dict | None = None,
+    thresholds=None,
+    pairs: bool = False,
+) -> None:
+    """Write `model` (a models.classifier.Classifier) into `folder` as a SavedModel for strings.
+
+    Signatures, n being unknown and rows independent of each other:
+    - `serving_default`: text [n] string, or with `pairs` text_a and text_b [n] string -> as in
+      `export_image_classifier`; `error` is "" for every text: none is refused.
+    - `features`: the same input -> features [n, d] float32; error [n] string.
+
+    Tokenisation is part of the graph. `assets.extra` gets labels.txt and graft.json, as there.
+    Nothing from the training set is written. Raises GraftError for a class name that is no line of text.
+    """
+    class_names = check_class_names(model, class_names, thresholds)
+
+    def apply(function, texts):
+        """Texts, one or two of [n] string -> float32 [n, ...] and the errors [n] string, all empty.
+
+        A row is lent where there are none: not every op of an encoder takes an empty batch.
+        """
+        count = tf.shape(texts[0])[0]
+        lent = tf.fill([tf.maximum(1 - count, 0)], "")
+        # String ops have no GPU kernels; without this pin the placer may spread their inputs over devices.
+        with tf.device("/CPU:0"):
+            inputs = read_texts(
+                tf.concat([texts[0], lent], 0), preprocess, *(tf.concat([text, lent], 0) for text in texts[1:])
+            )
+        results = tf.cast(function(inputs, training=False), tf.float32)[:count]
+        return results, tf.fill([count], "")
+
+    def serve_texts(*texts):
+        return class_outputs(model, *apply(model, texts), class_names, thresholds)
+
+    def serve_features(*texts):
+        features, errors = apply(model.features, texts)
+        return {"features": features, "error": errors}
+
+    names = ("text_a", "text_b") if pairs else ("text",)
+    specs = [tf.TensorSpec([None], tf.string, name=name) for name in names]
+    endpoints = {"serving_default": (serve_texts, specs), "features": (serve_features, specs)}
+    write_archive(folder, endpoints, tracked=[preprocess.tokenizer])
+    facts = {
+        field.name: getattr(preprocess, field.name)
+        for field in dataclasses.fields(preprocess)
+        if field.name != "tokenizer"
+    }
+    write_assets(folder, model, class_names, thresholds, {**(details or {}), "preprocess": facts, "pairs": pairs})
