@@ -8,10 +8,11 @@ import pathlib
 
 import keras
 
-from models import hubs
+from models import hubs, offline
 from models.applications import load_application
-from models.layouts import folder_layout
+from models.layouts import folder_layout, read_config
 from models.names import check_backbone_name
+from models.text_families import family_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +31,21 @@ class ImagePreprocess:
     mean: tuple[float, float, float] = (0.0, 0.0, 0.0)  # per channel, 0 to 255
     deviation: tuple[float, float, float] = (1.0, 1.0, 1.0)  # per channel, 0 to 255
     channel_order: str = "rgb"  # "rgb" or "bgr"; mean and deviation are in RGB order either way
+
+
+@dataclasses.dataclass(frozen=True)
+class TextPreprocess:
+    """How strings become encoder input: the checkpoint's own tokenizer and special tokens."""
+
+    tokenizer: object  # strings [n] tf.string -> RaggedTensor [n, tokens] int32, core or TF-Text ops, inside a graph
+    identity: str  # SHA-256 over everything the tokenizer's answers depend on (vocabulary, merges, flags); cache keys
+    max_length: int  # most tokens of an example, special ones included: what the position embeddings allow, or 512
+    pad: int  # token id of padding
+    start: tuple[int, ...] = ()  # token ids before the first text (BERT: [CLS]; RoBERTa: <s>; Llama: <s>)
+    separator: tuple[int, ...] = ()  # between the two texts of a pair (BERT: [SEP]; RoBERTa: </s></s>)
+    end: tuple[int, ...] = ()  # after the last text (BERT: [SEP]; RoBERTa and T5: </s>; GPT-2 and Llama: none)
+    segments: bool = False  # the encoder takes segment ids (0: the first text and its separator, 1: the second)
+    sequence_length: int = 128  # tokens that are kept, special ones included
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +74,7 @@ class Backbone:
 
     name: str
     encoder: keras.Model  # flat functional graph: preprocessed input -> features
-    preprocess: ImagePreprocess | None  # None: text goes in as it is
+    preprocess: ImagePreprocess | TextPreprocess | None  # None: text goes in as it is
     blocks: list[Block]  # bottom to top; block 0 holds the stem, the last one what follows the last unit
     feature_size: int  # width of the pooled features
     pooling: str = "average"  # a key of POOLINGS: how features become one vector per example
@@ -92,23 +108,26 @@ def check_blocks(name: str, encoder: keras.Model, blocks: list[Block]) -> None:
         )
 
 
-def load_backbone(name: str) -> Backbone:
-    """Load a pretrained backbone.
+def load_backbone(name: str, pooling: str | None = None) -> Backbone:
+    """Load a pretrained backbone, of images or of text.
 
     Args:
         name: an offline name (`efficientnet_lite0`); a built-in name of KerasHub (`resnet_50_imagenet`);
             `hf://user/model` or `hf://user/model@revision`; `kaggle://user/model/keras/variation`;
             `applications:ResNet50V2` or `applications:ResNet50V2:FILE`; `tfhub:URL` or `tfhub:FOLDER`;
             a folder that holds a KerasHub preset, or a Hugging Face or timm model.
+        pooling: of a text model: "mean" (over real tokens), "cls" (the first one) or "last" (the last real one);
+            None: as the model's own files say, else its family's. Other models have one pooling.
 
     Raises:
-        GraftError: nothing by that name; says what was looked for and which offline names exist.
+        GraftError: nothing by that name; says what was looked for and which offline names exist. A pooling that
+            does not fit.
     """
     if name == "efficientnet_lite0":
         from models.efficientnet_lite import load_efficientnet_lite0
 
         return load_efficientnet_lite0()
-    check_backbone_name(name)
+    check_backbone_name(name, kind=None)
     if name.startswith("applications:"):
         return load_application(name)
     if name.startswith("tfhub:"):
@@ -116,16 +135,29 @@ def load_backbone(name: str) -> Backbone:
 
         return load_hub_module(name.removeprefix("tfhub:"))
     is_folder = not name.startswith(("hf://", "kaggle://")) and pathlib.Path(name).is_dir()
-    folder = pathlib.Path(name) if is_folder else hubs.fetch_hub(name)
-    if folder_layout(folder) == "kerashub":
-        from models.kerashub import load_preset_folder  # keras_hub takes seconds to import
+    is_offline = name in hubs.offline_names()
+    if is_offline:
+        folder = offline.fetch(name)
+    else:
+        folder = pathlib.Path(name) if is_folder else hubs.fetch_hub(name)
+    if family_of(read_config(folder)):
+        from models.text import load_text_folder  # keras_hub takes seconds to import
+
+        backbone = load_text_folder(folder, pooling)
+    elif folder_layout(folder) == "kerashub":
+        from models.kerashub import load_preset_folder
 
         backbone = load_preset_folder(folder)
     else:
         from models.huggingface import load_huggingface_folder
 
         backbone = load_huggingface_folder(folder)
-    if not is_folder:  # there the folder's own name is a version's number or a commit
+    if is_offline:
+        item = offline.WEIGHTS[name]
+        backbone.source |= {"package": item["package"], "version": item["version"], "url": item["source"]}
+        backbone.source["licence"] = item["licence"]
+        backbone.name = name
+    elif not is_folder:  # there the folder's own name is a version's number or a commit
         backbone.source |= hubs.hub_source(name)
         backbone.name = backbone.source["preset"]
     return backbone

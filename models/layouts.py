@@ -24,6 +24,8 @@ TIMM_ARCHITECTURES = (
 )
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")  # in this order: safetensors need no conversion
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+# Keys of the config.json of BERTs older than `model_type`, dmis-lab/biobert-v1.1 among them.
+OLD_BERT_KEYS = {"hidden_act", "hidden_size", "num_attention_heads", "num_hidden_layers", "type_vocab_size"}
 
 
 def folder_layout(folder: pathlib.Path) -> str:
@@ -35,7 +37,7 @@ def folder_layout(folder: pathlib.Path) -> str:
     config = read_config(folder)
     if "registered_name" in config or ("class_name" in config and "config" in config):
         return "kerashub"
-    if "model_type" in config:
+    if "model_type" in config or set(config) >= OLD_BERT_KEYS:
         return "huggingface"
     if "architecture" in config:
         return "timm"
@@ -62,7 +64,7 @@ def check_huggingface_folder(folder: pathlib.Path) -> tuple[str, dict, list[path
     """
     config = read_config(folder)
     if folder_layout(folder) == "huggingface":
-        family = config["model_type"]
+        family = config.get("model_type", "bert")
         if family not in TRANSFORMERS_TYPES:
             raise GraftError(
                 f"{folder} holds a transformers model of the type {family!r}; as image backbones Graft knows "

@@ -9,21 +9,31 @@ import pathlib
 import tempfile
 
 from models import GraftError, applications, hubs, layouts, offline
+from models.text_families import FAMILIES, family_of, text_types
+from models.text_settings import check_settings
 
 
-def check_backbone_name(name: str) -> None:
+def check_backbone_name(name: str, kind: str | None = "image") -> None:
     """See that a backbone is on this machine; bring it into its hub's local cache where it is not.
 
     Known are offline names, `hf://`, `kaggle://`, KerasHub's built-in names, `applications:`, `tfhub:`,
     and folders. The modules of `tfhub:` and the weights of `applications:` are brought when they are
     loaded; here only their host is tried.
 
+    Args:
+        kind: "image" or "text", what the model must be for; None: either.
+
     Raises:
-        GraftError: nothing by that name, or no network to get it; says what was looked for and where.
+        GraftError: nothing by that name, no network to get it, or a model of the other kind; says what was looked
+            for and where.
     """
-    if name in hubs.offline_names():
+    if name in hubs.offline_names(kind):
         return
+    if name in hubs.offline_names():
+        raise other_kind(f"Backbone {name!r}", kind)
     if name.startswith("applications:"):
+        if kind == "text":
+            raise other_kind(f"Backbone {name!r}", kind)
         model, file = applications.find_application(name)
         if file is None and not hubs.reachable(applications.HOST):
             files = " or ".join(applications.own_files(model))
@@ -31,46 +41,77 @@ def check_backbone_name(name: str) -> None:
     elif name.startswith("tfhub:"):
         check_tfhub(name)
     elif name.startswith(("hf://", "kaggle://")):
-        check_folder(hubs.fetch_hub(name))
+        check_folder(hubs.fetch_hub(name), kind)
     elif pathlib.Path(name).is_dir():
-        check_folder(pathlib.Path(name))
+        check_folder(pathlib.Path(name), kind)
     elif name in hubs.builtin_presets():
-        check_family(name)
-        check_folder(hubs.fetch_hub(name))
+        check_family(name, kind)
+        check_folder(hubs.fetch_hub(name), kind)
     else:
-        raise unknown(name)
+        raise unknown(name, kind)
 
 
-def check_folder(folder: pathlib.Path) -> None:
-    """Raise GraftError for a folder that is of no known layout, or whose config.json names no image model."""
+def other_kind(what: str, kind: str) -> GraftError:
+    """The error for a model that is for the other kind of data than `kind`."""
+    other = {"image": "text", "text": "image"}[kind]
+    article = {"image": "an", "text": "a"}
+    return GraftError(
+        f"{what} is not {article[kind]} {kind} model but {article[other]} {other} model. Give {article[kind]} {kind} "
+        f"model, for example {hubs.offline_names(kind)[0]}, or use it with `graft {other}`."
+    )
+
+
+def check_folder(folder: pathlib.Path, kind: str | None = "image") -> None:
+    """Raise GraftError for a folder of no known layout, or whose config.json names no model of that kind."""
     if not (folder / "config.json").is_file():
         if (folder / "saved_model.pb").is_file():
             raise GraftError(f"Backbone folder {folder} is a SavedModel. To use it as a TF-Hub module: tfhub:{folder}.")
         raise GraftError(
             f"Backbone folder {folder} holds no config.json, so it is not a KerasHub preset and no Hugging Face or "
             f"timm model. Save a preset with `backbone.save_to_preset(folder)`, or give an offline name "
-            f"({', '.join(hubs.offline_names())})."
+            f"({', '.join(hubs.offline_names(kind))})."
         )
-    if layouts.is_huggingface_folder(folder):
+    config, is_huggingface = layouts.read_config(folder), layouts.is_huggingface_folder(folder)
+    family = family_of(config)
+    if family:
+        if kind == "image":
+            what = f"a transformers model of the type {family!r}" if is_huggingface else f"a {config['class_name']}"
+            raise other_kind(f"Folder {folder} holds {what}, which", kind)
+        if is_huggingface:
+            layouts.weights_files(folder)
+            check_settings(folder, family, config)
+    elif kind == "text":
+        raise _no_text_model(folder, config)
+    elif is_huggingface:
         layouts.check_huggingface_folder(folder)
-        return
-    config = layouts.read_config(folder)
-    settings = config.get("config")
     # By these KerasHub's image backbones are told from all others; only EfficientNet says input_shape.
-    if not isinstance(settings, dict) or not {"image_shape", "input_shape"} & set(settings):
+    elif not {"image_shape", "input_shape"} & set(config.get("config") or {}):
         raise GraftError(
             f"Preset {folder} holds a {config.get('class_name', '?')}, which is not an image model: its config.json "
             f"has no image_shape. Give a preset of an image backbone, for example ResNet, EfficientNet or ViT."
         )
 
 
-def check_family(preset: str) -> None:
-    """Raise GraftError for a built-in preset of KerasHub that is not of an image family that Graft can cut."""
+def _no_text_model(folder: pathlib.Path, config: dict) -> GraftError:
+    what = config.get("class_name") or config.get("model_type") or config.get("architecture")
+    classes = [name for family in FAMILIES.values() for name in family["classes"]]
+    return GraftError(
+        f"Folder {folder} holds a {what}, which is no text model that Graft knows. It knows transformers' types "
+        f"{', '.join(text_types())} and KerasHub's {', '.join(classes)}."
+    )
+
+
+def check_family(preset: str, kind: str | None = "image") -> None:
+    """Raise GraftError for a built-in preset of KerasHub that is not of a family of that kind that Graft can cut."""
     family = hubs.builtin_presets()[preset][0]
-    if family not in hubs.IMAGE_FAMILIES:
+    families = {"image": hubs.IMAGE_FAMILIES, "text": hubs.TEXT_FAMILIES}
+    known = families.get(kind) or hubs.IMAGE_FAMILIES + hubs.TEXT_FAMILIES
+    if family not in known:
+        if kind and any(family in names for names in families.values()):
+            raise other_kind(f"Backbone {preset!r}, a KerasHub preset of the family {family},", kind)
         raise GraftError(
-            f"Backbone {preset!r} is a KerasHub preset of the family {family}, which is no image model or hides its "
-            f"units inside one layer. Image families that work: {', '.join(hubs.IMAGE_FAMILIES)}."
+            f"Backbone {preset!r} is a KerasHub preset of the family {family}, which is no {kind or 'image or text'} "
+            f"model or hides its units inside one layer. Families that work: {', '.join(known)}."
         )
 
 
@@ -93,7 +134,7 @@ def check_tfhub(name: str) -> None:
         raise hubs.no_network(name, handle, folder)
 
 
-def unknown(name: str) -> GraftError:
+def unknown(name: str, kind: str | None = "image") -> GraftError:
     """The error for a word that is no name of anything; with the names that look like it."""
     path = pathlib.Path(name)
     if path.is_file():
@@ -101,15 +142,19 @@ def unknown(name: str) -> GraftError:
             f"Backbone {name!r} is a file. Give the folder that holds it together with its config.json, or for "
             f"weights of keras.applications: applications:ResNet50V2:{name}."
         )
-    offline_names = hubs.offline_names()
-    choices = [*offline_names, *hubs.image_presets(), *(f"applications:{model}" for model in applications.APPLICATIONS)]
+    offline_names = hubs.offline_names(kind)
+    presets = {"image": hubs.image_presets(), "text": hubs.text_presets()}
+    presets = presets.get(kind) or presets["image"] + presets["text"]
+    models = [] if kind == "text" else [f"applications:{model}" for model in applications.APPLICATIONS]
+    choices = [*offline_names, *presets, *models]
     similar = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
     meant = f" Did you mean {' or '.join(similar)}?" if similar else ""
     return GraftError(
         f"Backbone {name!r} is not known: it is neither a folder on this machine, nor one of the offline backbones "
-        f"({', '.join(offline_names)}), nor one of the {len(hubs.image_presets())} image presets that the installed "
-        f"KerasHub knows.{meant} Give one of those names, hf://USER/MODEL, kaggle://USER/MODEL/keras/VARIATION, "
-        f"applications:NAME, tfhub:URL, or a folder that holds a KerasHub preset, or a Hugging Face or timm model."
+        f"({', '.join(offline_names)}), nor one of the {len(presets)} {kind or 'image and text'} presets that the "
+        f"installed KerasHub knows.{meant} Give one of those names, hf://USER/MODEL, "
+        f"kaggle://USER/MODEL/keras/VARIATION, {'applications:NAME, ' if models else ''}tfhub:URL, or a folder that "
+        f"holds a KerasHub preset, or a Hugging Face{' or timm' if models else ''} model."
     )
 
 

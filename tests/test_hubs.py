@@ -16,6 +16,7 @@ from models import GraftError, hubs
 from models.backbone import load_backbone
 
 NOWHERE = "https://hub.invalid"  # RFC 6761: this name is never resolved
+TEXT_FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "text"
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +61,7 @@ def test_the_table_of_built_in_names_is_kerashubs_own():
     assert {"resnet_50_imagenet", "efficientnet_b0_ra_imagenet", "vit_base_patch16_224_imagenet"} <= set(
         hubs.image_presets()
     )
+    assert {"bert_base_en", "gpt2_base_en", "llama3_8b_en", "deberta_v3_base_en"} <= set(hubs.text_presets())
 
 
 def test_a_model_in_the_cache_of_hugging_face_needs_no_network(empty_caches, tiny_preset):
@@ -150,7 +152,9 @@ def test_without_a_network_the_error_comes_soon_and_says_where_it_looked(empty_c
     message = str(caught.value)
     assert f"looked in {empty_caches}/huggingface/models--user--absent" in message
     assert "hub.invalid could not be reached within 2 s" in message
-    assert "Without a network: efficientnet_lite0; in local caches: kaggle://user/tiny/keras/small" in message
+    assert (
+        "Without a network: efficientnet_lite0, minilm_l6; in local caches: kaggle://user/tiny/keras/small" in message
+    )
 
 
 @pytest.mark.parametrize("name", ["hf://one", "hf://a/b/c", "hf://", "kaggle://a/b", "kaggle://a/b/keras/c/latest"])
@@ -210,7 +214,7 @@ class HuggingFace(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body):
         path = self.path.partition("?")[0]
-        files = sorted(file.name for file in self.folder.iterdir())
+        files = sorted(str(file.relative_to(self.folder)) for file in self.folder.rglob("*") if file.is_file())
         commit = hashlib.sha1(" ".join(files).encode()).hexdigest()
         data, headers, status = b"", {"X-Repo-Commit": commit}, 200
         if path.startswith("/api/models/user/served/tree/"):
@@ -219,10 +223,11 @@ class HuggingFace(http.server.BaseHTTPRequestHandler):
         elif path.startswith("/api/models/user/served"):
             siblings = [{"rfilename": file} for file in files]
             data = json.dumps({"id": "user/served", "sha": commit, "siblings": siblings}).encode()
-        elif path.startswith("/user/served/resolve/") and path.rsplit("/", 1)[1] in files:
-            data = (self.folder / path.rsplit("/", 1)[1]).read_bytes()
+        elif path.startswith("/user/served/resolve/") and path.split("/", 5)[5] in files:
+            file = path.split("/", 5)[5]
+            data = (self.folder / file).read_bytes()
             headers["ETag"] = f'"{hashlib.sha256(data).hexdigest()}"'
-            self.asked.append(path.rsplit("/", 1)[1]) if body else None
+            self.asked.append(file) if body else None
         else:
             status, headers["X-Error-Code"] = 404, "RepoNotFound"
         self.send_response(status)
@@ -268,6 +273,25 @@ def test_pickled_weights_are_fetched_only_where_there_are_no_others(huggingface)
     shutil.rmtree(hubs.huggingface_cache())
     folder = hubs.fetch_hub("hf://user/served")
     assert hubs.weight_files(folder) == [folder / "pytorch_model.bin"]
+
+
+@pytest.mark.parametrize("name", ["biobert", "finbert", "gpt2", "t5"])
+def test_a_text_model_is_fetched_with_its_vocabulary_and_pooling(name, huggingface, empty_caches, monkeypatch):
+    monkeypatch.setenv("GRAFT_CACHE", str(empty_caches / "graft"))
+    shutil.rmtree(huggingface.folder)
+    shutil.copytree(TEXT_FIXTURES / name, huggingface.folder)
+    wanted = {file.name for file in huggingface.folder.iterdir()}
+    (huggingface.folder / "1_Pooling").mkdir()
+    (huggingface.folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode": "mean"}))
+    (huggingface.folder / "flax_model.msgpack").write_bytes(b"not wanted")
+    backbone = load_backbone("hf://user/served")
+    assert set(huggingface.asked) == wanted | {"1_Pooling/config.json"}
+    assert (backbone.name, backbone.source["text_pooling"]) == ("served", "mean")
+    monkeypatch.setenv("HF_ENDPOINT", NOWHERE)
+    folder = hubs.fetch_hub("hf://user/served")
+    for file in ("vocab.txt", "vocab.json", "spiece.model"):
+        (folder / file).unlink(missing_ok=True)
+    assert hubs.cached_hub("hf://user/served") is None  # without its vocabulary it is not whole
 
 
 def test_a_repository_without_a_model_and_an_unknown_one_say_so(huggingface):

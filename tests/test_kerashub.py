@@ -106,7 +106,9 @@ def test_a_vit_of_another_size_than_its_converter_says_so(tiny_vit_preset, tmp_p
 
 
 def test_a_foreign_or_damaged_folder_says_so(tiny_preset, tmp_path):
-    with pytest.raises(GraftError, match=r"Backbone 'resnet51' is not known.*offline backbones \(efficientnet_lite0\)"):
+    with pytest.raises(
+        GraftError, match=r"Backbone 'resnet51' is not known.*offline backbones \(efficientnet_lite0, minilm_l6\)"
+    ):
         load_backbone("resnet51")
     with pytest.raises(GraftError, match=r"holds no config.json, so it is not a KerasHub preset"):
         load_backbone(str(tmp_path))
@@ -116,9 +118,9 @@ def test_a_foreign_or_damaged_folder_says_so(tiny_preset, tmp_path):
     with pytest.raises(GraftError, match=r"damaged \(EfficientNetBackbone\) could not be loaded"):
         load_backbone(str(damaged))
     config = json.loads((damaged / "config.json").read_text())
-    text_config = {**config, "class_name": "BertBackbone", "config": {"vocabulary_size": 100}}
+    text_config = {**config, "class_name": "WhisperBackbone", "config": {"vocabulary_size": 100}}
     (damaged / "config.json").write_text(json.dumps(text_config))
-    with pytest.raises(GraftError, match="holds a BertBackbone, which is not an image model"):
+    with pytest.raises(GraftError, match="holds a WhisperBackbone, which is not an image model"):
         load_backbone(str(damaged))
     (damaged / "config.json").write_text("{")
     with pytest.raises(GraftError, match="config.json could not be read as JSON"):
