@@ -9,9 +9,10 @@ from models import GraftError
 
 COMMANDS = {  # word: (module, function, what it does)
     "image": ("pipelines.image", "main", "fine-tune an image model on your pictures and export it"),
-    "predict": ("pipelines.batch", "predict", "label files with a run's exported model"),
-    "evaluate": ("pipelines.batch", "evaluate_run", "score a run's exported model on other labelled data"),
-    "export": ("pipelines.image", "export_run", "export a run again, or what a stopped run had learned"),
+    "text": ("pipelines.text", "main", "fine-tune a text model on your texts and export it"),
+    "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
+    "evaluate": ("pipelines.rescore", "evaluate_run", "score a run's exported model on other labelled data"),
+    "export": ("pipelines.export", "export_run", "export a run again, or what a stopped run had learned"),
 }
 
 HELP = """usage: graft COMMAND [OPTIONS]

@@ -1,4 +1,4 @@
-"""Answers of an exported model for files: `graft predict` and `graft evaluate`.
+"""Answers of an exported model for files and texts: `graft predict`, and what `graft evaluate` shares with it.
 
 They run the exported version itself, through TensorFlow's C API: no training code, no Python
 TensorFlow, first answer within about a second.
@@ -10,33 +10,34 @@ import csv
 import dataclasses
 import json
 import pathlib
-from typing import Literal
 
-import numpy as np
-import pyarrow as pa
 import rich.table
 import tyro
 
 from models import GraftError
 from pipelines import facts, runs
+from pipelines.batch_texts import input_names, shortened, text_rows, texts_reader
 from pipelines.console import console, progress_bar
-from pipelines.data import targets_of
-from pipelines.inspections import content_id
-from pipelines.manifests import Example
-from pipelines.mistakes import worst_mistakes
-from pipelines.sources import IMAGE_SUFFIXES, find_images, is_multi_label
+from pipelines.sources import IMAGE_SUFFIXES
 
-BATCH = 32  # files per call of the model
+BATCH = 32  # examples per call of the model
 
 
 @dataclasses.dataclass
 class PredictConfig:
-    """Label files with a run's exported model: graft predict runs/photos new/ --out predictions.csv"""
+    """Label files or texts with a run's exported model: graft predict runs/photos new/ --out predictions.csv"""
 
     run: tyro.conf.Positional[str]
     """Run folder, or the folder of an exported version."""
-    inputs: tyro.conf.Positional[tuple[str, ...]]
-    """Image files, folders of images, or one CSV file with a column `path` (its columns are kept)."""
+    inputs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Of an image model: image files, folders of images, or one CSV file with a column `path`. Of a text model: .txt
+    files, or one CSV file with a column `text`. The columns of a CSV file are kept."""
+    text: tuple[str, ...] = ()
+    """Texts to label, of a text model: --text "How do I sort a list?" """
+    text_column: str = "text"
+    """Column of a CSV file with the texts."""
+    second_column: str = "text_b"
+    """Column of a CSV file with the second texts, of a model that takes pairs."""
     out: str = ""
     """CSV file to write: the input's columns, then label (a|b where a model gives several), score (the largest
     probability, 0 to 1) and error."""
@@ -48,11 +49,19 @@ def predict(argv: list[str]) -> int:
     """`graft predict`: a table on the console, and a CSV file with --out."""
     config = tyro.cli(PredictConfig, args=argv, prog="graft predict")
     version = runs.find_version(config.run)
-    rows = input_rows(config.inputs)
+    details = read_details(version)
+    class_names, of_texts = details["class_names"], "pairs" in details
     if config.out and pathlib.Path(config.out).is_dir():
         raise GraftError(f"--out {config.out} is a folder; give the name of a CSV file.")
-    answers = answer_files(version, [row.pop(READ_FROM) for row in rows])
-    class_names = read_details(version)["class_names"]
+    if of_texts:
+        columns = [config.text_column, config.second_column][: 1 + details["pairs"]]
+        rows = text_rows(config.inputs, config.text, columns, csv_rows)
+        read = texts_reader(input_names(details), [[row[column] for row in rows] for column in columns])
+    else:
+        columns = ["path"]
+        rows = input_rows(config.inputs)
+        read = files_reader([row.pop(READ_FROM) for row in rows])
+    answers = ask(version, len(rows), read)
     for row, answer in zip(rows, answers):
         row.update(label=label_of(answer, class_names), score=f"{answer['scores'][0]:.6f}", error=answer["error"])
         if config.probabilities:
@@ -61,10 +70,12 @@ def predict(argv: list[str]) -> int:
         runs.write_csv(pathlib.Path(config.out), rows, list(rows[0]))
         console.print(f"{len(rows):,} answers in {config.out}")
     else:
-        print_answers(rows, answers)
+        print_answers(rows, answers, columns[0])
     failed = sum(bool(row["error"]) for row in rows)
     if failed:
-        console.print(f"[yellow]{failed:,} of {len(rows):,} files have no answer; the column error says why.")
+        console.print(
+            f"[yellow]{failed:,} of {len(rows):,} {'texts' if of_texts else 'files'} have no answer; the column error says why."
+        )
     return 0
 
 
@@ -78,7 +89,8 @@ def input_rows(inputs: tuple[str, ...]) -> list[dict]:
         GraftError: nothing named, a file that does not exist, no images in a folder, a CSV without `path`.
     """
     if len(inputs) == 1 and inputs[0].lower().endswith(".csv"):
-        return csv_rows(pathlib.Path(inputs[0]))
+        path = pathlib.Path(inputs[0])
+        return [{**row, READ_FROM: path.parent / row["path"]} for row in csv_rows(path, ["path"])]
     paths = []
     for name in inputs:
         path = pathlib.Path(name)
@@ -96,33 +108,50 @@ def input_rows(inputs: tuple[str, ...]) -> list[dict]:
     return [{"path": str(path), READ_FROM: path} for path in paths]
 
 
-def csv_rows(path: pathlib.Path) -> list[dict]:
+def csv_rows(path: pathlib.Path, columns: list[str]) -> list[dict]:
+    """The rows of a CSV file. Raises GraftError where it cannot be read, is empty or lacks one of the columns."""
+    csv.field_size_limit(runs.LONGEST_TEXT)
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise GraftError(f"{path} could not be read as CSV: {error}.") from error
-    if not rows or "path" not in rows[0]:
-        columns = ", ".join(rows[0]) if rows else "none"
-        raise GraftError(f"{path} needs rows and a column `path` (relative to the CSV file); its columns: {columns}.")
-    return [{**row, READ_FROM: path.parent / row["path"]} for row in rows]
+    missing = [column for column in columns if not rows or column not in rows[0]]
+    if missing:
+        there = ", ".join(rows[0]) if rows else "none"
+        relative = " (relative to the CSV file)" if missing == ["path"] else ""
+        raise GraftError(f"{path} needs rows and a column `{missing[0]}`{relative}; its columns: {there}.")
+    return rows
 
 
-def answer_files(version: pathlib.Path, paths: list[pathlib.Path]) -> list[dict]:
-    """Answers of the exported model, one per path: labels, scores, probabilities, chosen, error.
+def files_reader(paths: list[pathlib.Path]):
+    """A function: (start, stop) -> what an image model is asked, and why a file could not be read, "" where it was."""
 
-    chosen is None for a model that gives one label. A file that cannot be read gets its error and no label;
+    def read(start: int, stop: int):
+        batch = [read_bytes(path) for path in paths[start:stop]]
+        return {"image_bytes": [data for data, _ in batch]}, [error for _, error in batch]
+
+    return read
+
+
+def ask(version: pathlib.Path, count: int, read) -> list[dict]:
+    """Answers of the exported model, one per example: labels, scores, probabilities, chosen, error.
+
+    chosen is None for a model that gives one label. An example that cannot be read gets its error and no label;
     its neighbours are not affected.
+
+    Args:
+        read: (start, stop) -> the inputs of these examples by name, and the error of each.
     """
     from serving.session import Session
 
     answers = []
     with Session(version) as session, progress_bar() as bar:
-        task = bar.add_task("files", total=len(paths), note="")
-        for start in range(0, len(paths), BATCH):
-            batch = [read_bytes(path) for path in paths[start : start + BATCH]]
-            outputs = session.run("serving_default", {"image_bytes": [data for data, _ in batch]})
-            for index, (_, read_error) in enumerate(batch):
+        task = bar.add_task("answers", total=count, note="")
+        for start in range(0, count, BATCH):
+            asked, errors = read(start, start + BATCH)
+            outputs = session.run("serving_default", asked)
+            for index, read_error in enumerate(errors):
                 answers.append(
                     {
                         "labels": [label.decode() for label in outputs["labels"][index]],
@@ -132,7 +161,7 @@ def answer_files(version: pathlib.Path, paths: list[pathlib.Path]) -> list[dict]
                         "error": read_error or outputs["error"][index].decode(),
                     }
                 )
-            bar.update(task, advance=len(batch))
+            bar.update(task, advance=len(errors))
     return answers
 
 
@@ -160,16 +189,18 @@ def read_details(version: pathlib.Path) -> dict:
         ) from error
 
 
-def print_answers(rows: list[dict], answers: list[dict], most: int = 50) -> None:
+def print_answers(rows: list[dict], answers: list[dict], column: str, most: int = 50) -> None:
+    """A table on the console; column: what names a row."""
     table = rich.table.Table(box=None)
     # Of several labels none is the first, so the likeliest are listed, chosen or not.
     first, others = (1, "next") if answers[0]["chosen"] is None else (0, "likeliest")
-    for column in ("file", "label", "score", others):
-        table.add_column(column, justify="right" if column == "score" else "left")
+    for title in ("file" if column == "path" else column, "label", "score", others):
+        table.add_column(title, justify="right" if title == "score" else "left")
     for row, answer in zip(rows[:most], answers):
         following = "  ".join(f"{l} {s:.2f}" for l, s in zip(answer["labels"][first:3], answer["scores"][first:3]))
         cells = [row["label"] or "[dim]none", f"{answer['scores'][0]:.3f}", following]
-        table.add_row(short(row["path"]), *(["[yellow]no answer", "", row["error"]] if row["error"] else cells))
+        named = short(row[column]) if column == "path" else shortened(row[column])
+        table.add_row(named, *(["[yellow]no answer", "", row["error"]] if row["error"] else cells))
     console.print(table)
     if len(rows) > most:
         console.print(f"... and {len(rows) - most:,} more; --out predictions.csv writes them all.")
@@ -182,156 +213,3 @@ def short(path: str, most: int = 30) -> str:
         parts = parts[1:]
         path = str(pathlib.PurePath("...", *parts))
     return path
-
-
-# ---------------------------------------------------------------- evaluate
-
-
-@dataclasses.dataclass
-class EvaluateConfig:
-    """Score a run's exported model on other labelled data: graft evaluate runs/photos --data clinic-b/"""
-
-    run: tyro.conf.Positional[str]
-    """Run folder, or the folder of an exported version."""
-    data: str
-    """Folder of class folders (of {train,val,test}/class folders: the test part), a manifest (CSV, TSV, JSONL or
-    Parquet; with a column split: the test part), or an offline set."""
-    path_column: str = "path"
-    """Column of a manifest with the files, absolute or relative to the manifest's folder."""
-    label_column: str = "label"
-    """Column of a manifest with the class of each file, or several as a|b."""
-    group_column: str = "group"
-    """Column of a manifest with the patient, customer or the like; no figure depends on it."""
-    data_dir: str = ""
-    """Folder of prepared TFDS sets, for tfds:NAME (empty: TFDS's own)."""
-    out: str = ""
-    """Folder for report.html, metrics.json and predictions.csv (empty: RUN/evaluations/NAME OF THE DATA)."""
-    positive: str = ""
-    """For two classes, the one to find: adds sensitivity at --specificity."""
-    specificity: float = 0.9
-    """Specificity at which sensitivity is reported, 0 to 1."""
-    report_inputs: Literal["all", "none"] = "all"
-    """all: show the worst mistakes as pictures; none: by id only."""
-
-
-def evaluate_run(argv: list[str]) -> int:
-    """`graft evaluate`: the same metrics and report as after training, on external data."""
-    from pipelines.report import write_report
-
-    config = tyro.cli(EvaluateConfig, args=argv, prog="graft evaluate")
-    version = runs.find_version(config.run)
-    details = read_details(version)
-    class_names = details["class_names"]
-    thresholds = np.array(details["thresholds"], np.float32) if "thresholds" in details else None
-    found = labelled_files(config, details)
-    out = runs.choose_run_folder(
-        config.out or str(runs.free_name(pathlib.Path(config.run) / "evaluations", config.data)), ""
-    )
-    answers = answer_files(version, [pathlib.Path(example.path) for example in found])
-    skipped = [{"path": e.path, "reason": a["error"]} for e, a in zip(found, answers) if a["error"]]
-    if len(skipped) == len(found):
-        raise GraftError(f"--data {config.data}: none of the {len(found)} files could be read, the first: {skipped[0]}")
-    found, answers = zip(*((e, a) for e, a in zip(found, answers) if not a["error"]))
-    table = table_of(found, class_names, multi_label=thresholds is not None)
-    probabilities = np.stack([answer["probabilities"] for answer in answers])
-    targets = targets_of(table, len(class_names))
-    metrics = served_metrics(config, class_names, thresholds, targets, probabilities)
-    gathered = {
-        "title": f"{version.parent.name} on {pathlib.Path(config.data).name}",
-        "kind": "image",
-        "created": facts.now(),
-        "command": f"graft evaluate {config.run} --data {config.data}",
-        "verdicts": [],
-        "warnings": [f"{len(skipped)} files could not be read and were skipped (skipped.csv says why)."]
-        if skipped
-        else [],
-        "class_names": class_names,
-        "examples": {"test": len(found), "skipped": len(skipped)},
-        "class_counts": {"test": targets.sum(axis=0).astype(int).tolist()},
-        "metrics": {"test": metrics},
-        "mistakes": worst_mistakes(
-            table, probabilities, class_names, details["white_level"], config.report_inputs, thresholds
-        ),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    runs.write_csv(out / "skipped.csv", skipped, ["path", "reason"])
-    rows = [
-        {
-            "path": example.path,
-            "true": facts.chosen_labels(class_names, truth > 0),
-            "label": label_of(answer, class_names),
-            "score": f"{answer['scores'][0]:.6f}",
-        }
-        for example, truth, answer in zip(found, targets, answers)
-    ]
-    runs.write_csv(out / "predictions.csv", rows, list(rows[0]))
-    report = write_report(out, gathered)
-    runs.write_json(out / "metrics.json", {"created": gathered["created"], "class_names": class_names, "test": metrics})
-    console.print(f"[bold]{facts.headline(metrics)}[/] on {len(found):,} images   {report}")
-    return 0
-
-
-def labelled_files(config: EvaluateConfig, details: dict) -> list[Example]:
-    """The labelled files to score: the test part where the data has one.
-
-    Raises:
-        GraftError: no usable data, classes that the model does not know, several labels per image for a model that
-            gives one, a `positive` that cannot be asked for.
-    """
-    from pipelines.evaluate import check_positive
-
-    class_names, multi_label = details["class_names"], "thresholds" in details
-    if multi_label and config.positive:
-        raise GraftError(
-            f"--positive {config.positive}: this model gives several labels per image; sensitivity at a specificity "
-            f"needs exactly one of two. Leave the flag out: the report has precision and recall of every class."
-        )
-    check_positive(config.positive or None, config.specificity, class_names)
-    found = find_images(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
-    if any(example.split for example in found):
-        found = [example for example in found if example.split == "test"] or found
-    unknown = sorted({label for example in found for label in example.labels} - set(class_names))
-    if unknown:
-        raise GraftError(
-            f"--data {config.data}: the model does not know the classes {', '.join(unknown)}. "
-            f"It knows {', '.join(class_names)}: rename the labels, or leave these out."
-        )
-    if is_multi_label(found) and not multi_label:
-        several = next(example for example in found if len(example.labels) > 1)
-        raise GraftError(
-            f"--data {config.data}: {several.path} has the labels {'|'.join(several.labels)}, but the model was "
-            f"trained to give one per image. Give data with one label each, or train on data with several."
-        )
-    return found
-
-
-def table_of(found, class_names: list[str], multi_label: bool) -> pa.Table:
-    """Labelled files as a table with the columns id, path and label."""
-    labels = [sorted(class_names.index(label) for label in example.labels) for example in found]
-    paths = [example.path for example in found]
-    return pa.table(
-        {
-            "id": [content_id(path) for path in paths],
-            "path": paths,
-            "label": pa.array(labels, pa.list_(pa.int64())) if multi_label else [label for (label,) in labels],
-        }
-    )
-
-
-def served_metrics(config: EvaluateConfig, class_names, thresholds, targets, probabilities: np.ndarray) -> dict:
-    """The figures of the export's probabilities [n, classes] float32, whose logarithms are valid logits."""
-    from pipelines.evaluate import evaluate
-    from pipelines.evaluate_multi_label import evaluate_multi_label
-
-    smallest = np.finfo(np.float32).tiny
-    logits = np.log(np.maximum(probabilities, smallest))
-    if thresholds is not None:
-        logits -= np.log(np.maximum(1 - probabilities, smallest))
-        return evaluate_multi_label(targets, logits, probabilities >= thresholds, thresholds, class_names)
-    return evaluate(
-        targets.argmax(axis=1),
-        logits,
-        class_names,
-        positive=config.positive or None,
-        specificity=config.specificity,
-    )

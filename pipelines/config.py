@@ -1,7 +1,6 @@
-"""The dataclasses behind every flag, and the command line and YAML file that fill them.
+"""The command line and the YAML file that fill the dataclasses of `pipelines/options.py`.
 
-A field is a flag (`head_epochs` is `--head-epochs`), its docstring the help text. tyro turns the
-dataclasses into the command line: dashes, groups, suggestions for mistyped flags, 0.15 s for --help.
+tyro turns the dataclasses into the command line: dashes, groups, suggestions for mistyped flags, 0.15 s for --help.
 No TensorFlow here, so that --help and bad flags answer at once.
 """
 
@@ -11,183 +10,13 @@ import dataclasses
 import pathlib
 import sys
 import typing
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 import yaml
 
 from models import GraftError
-
-
-@dataclasses.dataclass
-class InputOptions:
-    """What to learn from."""
-
-    data: str = "textures"
-    """Folder of class folders, folder of {train,val,test}/class folders, a manifest (CSV, TSV, JSONL or Parquet
-    file of paths and labels), folder of {train,val,test} manifests, or an offline set: textures, digits."""
-    min_per_class: int = 0
-    """Leave out classes with fewer examples than this (0: stop with an error at a class that has only one)."""
-    path_column: str = "path"
-    """Column of a manifest with the files, absolute or relative to the manifest's folder."""
-    label_column: str = "label"
-    """Column of a manifest with the class of each file."""
-    group_column: str = "group"
-    """Column of a manifest with what must stay in one split, such as the patient or customer (may be missing)."""
-    data_dir: str = ""
-    """Folder of prepared TFDS sets, for tfds:NAME (empty: TFDS's own)."""
-
-
-@dataclasses.dataclass
-class ModelOptions:
-    """What to start from, and how much of it to train."""
-
-    backbone: str = "efficientnet_lite0"
-    """Offline name (efficientnet_lite0), or the folder of a KerasHub preset: EfficientNet, ResNet, MobileNet or ViT."""
-    image_size: int = 0
-    """Side of the model's square input, pixels (0: the backbone's native size)."""
-    depth: str = "2"
-    """Blocks to fine-tune in phase 2: head (none), a number counted from the top, or full."""
-    dropout: float = 0.2
-    """Share of pooled features dropped in training, 0 to 1."""
-    train_batch_norm: bool = False
-    """Also train BatchNorm layers of thawed blocks. Off: their batch statistics are noise on small data."""
-
-
-@dataclasses.dataclass
-class HeadOptions:
-    """Phase 1: the backbone frozen, only the new head trains."""
-
-    head_epochs: int = 8
-    """Most epochs of phase 1."""
-    head_learning_rate: float = 1e-3
-    """Learning rate of the head in phase 1."""
-    head_solver: Literal["auto", "sgd"] = "auto"
-    """auto: logistic regression by L-BFGS where features are cached, on one device: seconds, its L2 penalty chosen on
-    validation; epochs, rate and dropout have no part in it. sgd: the training loop, with --optimizer, always."""
-
-
-@dataclasses.dataclass
-class FineTuneOptions:
-    """Phase 2: the top blocks too. Block d below the head learns at rate * 0.1 * 0.8^(d-1)."""
-
-    fine_tune_epochs: int = 4
-    """Most epochs of phase 2."""
-    fine_tune_learning_rate: float = 3e-4
-    """Learning rate of the head in phase 2; blocks get less, by the formula above."""
-    augmentation: Literal["none", "flip-crop", "rand-augment"] = "flip-crop"
-    """Random changes to training images in phase 2: left-right flips and crops; rand-augment adds two of 14 changes
-    of colour and shape (RandAugment, N 2, magnitude 9 of 30): more variety for longer training."""
-    random_erasing: float = 0.0
-    """Share of training images in phase 2 of which a random box is filled with noise, 0 to 1; usual: 0.25."""
-    mixup: float = 0.0
-    """Train phase 2 on blends of two examples and of their labels (MixUp). The share of each is drawn from
-    Beta(A, A), A this number; 0: off; usual: 0.2, where most blends are nearly one of the two."""
-    cutmix: float = 0.0
-    """Train phase 2 on images with a box pasted in from another, labels shared by area (CutMix). As --mixup; usual: 1.
-    With both, each batch takes one of them by a coin."""
-
-
-@dataclasses.dataclass
-class TrainingOptions:
-    """Both phases."""
-
-    batch_size: int = 32
-    """Examples per update, over all devices."""
-    accumulation_steps: int = 1
-    """Compute each batch in so many parts: the same update with less memory."""
-    optimizer: Literal["adamw", "sgd", "lion", "adafactor"] = "adamw"
-    """adamw; sgd with Nesterov momentum 0.9; lion, which wants rates 3 to 10 times lower and a decay as much higher;
-    adafactor, which needs least memory and wants higher rates (1e-2): its steps are in proportion to the weights."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate over a phase."""
-    warmup: float = 0.1
-    """Share of a phase's steps in which the rate rises from 0 (cosine only)."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay; never on biases and norms."""
-    clip_norm: float = 1.0
-    """Global norm to which gradients are clipped (0: no clipping)."""
-    label_smoothing: float = 0.0
-    """Share of each label spread over all classes, 0 to 1."""
-    class_weights: Literal["none", "balanced"] = "none"
-    """balanced: each class weighs the same in the loss, however many examples it has."""
-    ema: float = 0.0
-    """Validate, keep and export a moving average of the weights over updates, of this decay; 0: off; usual: 0.99."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the backbone computes in while it trains; weights, evaluation and the exported model stay float32.
-    bfloat16 suits TPUs and new GPUs and CPUs, float16 older GPUs; elsewhere they are slower."""
-    patience: int = 3
-    """Stop a phase after so many epochs without a better validation loss; the best weights are kept."""
-    distribute: Literal["none", "mirrored"] = "none"
-    """mirrored: all local GPUs, or --devices."""
-    devices: tuple[str, ...] = ()
-    """Devices for mirrored, such as GPU:0 GPU:1 (none named: all local GPUs)."""
-    seed: int = 0
-    """Same seed, same command, same machine: same figures."""
-
-
-@dataclasses.dataclass
-class CacheOptions:
-    """What is frozen is computed once, and found again by later runs on the same data."""
-
-    cache: Literal["auto", "memory", "none"] = "auto"
-    """auto: kept on disk for later runs, and read into memory where it fits; memory: gone with the run; none: compute
-    frozen layers in every epoch."""
-    cache_dir: str = ""
-    """Folder of the cache (empty: features/ in ~/.cache/graft; GRAFT_CACHE moves that)."""
-    cache_memory: float = 0.0
-    """Gigabytes that cached activations may take in memory before they are read from disk (0: a quarter of what is
-    free)."""
-    views: int = 4
-    """Different augmentations of each image that are cached for phase 2, taken in turn; each is computed when its epoch
-    comes. As many as epochs is as without a cache; fewer take less time and space."""
-
-
-@dataclasses.dataclass
-class ReportOptions:
-    """What is measured and shown."""
-
-    positive: str = ""
-    """For two classes, the one to find: adds sensitivity at --specificity."""
-    specificity: float = 0.9
-    """Specificity at which sensitivity is reported, 0 to 1."""
-    report_inputs: Literal["all", "none"] = "all"
-    """Show the worst mistakes as pictures in the report, or by id only."""
-
-
-@dataclasses.dataclass
-class RunOptions:
-    """Where results go."""
-
-    out: str = ""
-    """Run folder (empty: runs/NAME OF THE DATA, then -2, -3); never overwritten."""
-    config: str = ""
-    """YAML file with any of these flags (head_epochs: 8); flags on the command line win."""
-    print_config: bool = False
-    """Print the configuration as YAML and stop."""
-
-
-def flat(options):
-    """A group of options whose flags carry no prefix."""
-    return Annotated[options, tyro.conf.OmitArgPrefixes]
-
-
-@dataclasses.dataclass
-class ImageConfig:
-    """Fine-tune a pretrained image model on your pictures, and export it for TensorFlow Serving.
-
-    Phase 1 trains a new head on the frozen backbone; phase 2 trains the top blocks too, slower.
-    Start with: graft image --data photos/   (one folder of images per class)
-    """
-
-    input: flat(InputOptions) = dataclasses.field(default_factory=InputOptions)
-    model: flat(ModelOptions) = dataclasses.field(default_factory=ModelOptions)
-    head: flat(HeadOptions) = dataclasses.field(default_factory=HeadOptions)
-    fine_tune: flat(FineTuneOptions) = dataclasses.field(default_factory=FineTuneOptions)
-    training: flat(TrainingOptions) = dataclasses.field(default_factory=TrainingOptions)
-    cache: flat(CacheOptions) = dataclasses.field(default_factory=CacheOptions)
-    report: flat(ReportOptions) = dataclasses.field(default_factory=ReportOptions)
-    run: flat(RunOptions) = dataclasses.field(default_factory=RunOptions)
+from pipelines.options import ImageConfig
 
 
 def parse_config(argv: list[str], config_class=ImageConfig, prog: str = "graft image"):
@@ -284,7 +113,7 @@ def check_config(config) -> None:
         f"--{name.replace('_', '-')} is {values[name]!r}, expected {expected}"
         for names, holds, expected in RANGES
         for name in names
-        if not holds(values[name])
+        if name in values and not holds(values[name])
     ]
     try:
         depth_blocks(config.model.depth)
@@ -300,6 +129,7 @@ RANGES = (  # flags, what must hold, how to say it
     (("weight_decay", "clip_norm", "mixup", "cutmix", "cache_memory"), lambda v: v >= 0, "0 or more"),
     (("head_learning_rate", "fine_tune_learning_rate"), lambda v: v > 0, "more than 0"),
     (("dropout", "label_smoothing", "warmup", "ema"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
+    (("sequence_length",), lambda v: v >= 4, "4 or more"),
     (("random_erasing",), lambda v: 0 <= v <= 1, "from 0 to 1"),
     (("specificity",), lambda v: 0 < v < 1, "between 0 and 1"),
 )
@@ -316,3 +146,19 @@ def depth_blocks(depth: str) -> int | None:
     if str(depth).isdecimal() and int(depth) >= 1:
         return int(depth)
     raise GraftError(f"--depth is {depth!r}, expected head, a number of blocks counted from the top, or full")
+
+
+def check_multi_label_flags(config, noun: str) -> None:
+    """Raise GraftError for what makes sense with one label per example only; noun: what an example is called."""
+    if config.training.class_weights != "none":
+        raise GraftError(
+            f"--class-weights {config.training.class_weights}: --data {config.input.data} has several labels per "
+            f"{noun}, and an example weighs for all its classes at once. Leave the flag out: each class gets its own "
+            f"threshold, so that rare classes are found too."
+        )
+    if config.report.positive:
+        raise GraftError(
+            f"--positive {config.report.positive}: --data {config.input.data} has several labels per {noun}; "
+            f"sensitivity at a specificity needs exactly one of two. Leave the flag out: the per-class table of the "
+            f"report has precision, recall and threshold of every class."
+        )

@@ -15,6 +15,8 @@ import numpy as np
 from pipelines.config import flat_config
 from pipelines.console import console
 
+NOUNS = {"image": "images", "text": "texts"}  # what the examples of each kind of data are called
+
 
 class Clock:
     """Seconds per stage of a run."""
@@ -28,13 +30,16 @@ class Clock:
         self.laps[name], self.last = now - self.last, now
 
 
-def about_run(config, splits, backbone, phases: list[dict], metrics: dict) -> dict:
-    """The facts that every kind of run has in common, as `pipelines.report.write_report` takes them."""
+def about_run(config, splits, backbone, phases: list[dict], metrics: dict, kind: str = "image") -> dict:
+    """The facts that every kind of run has in common, as `pipelines.report.write_report` takes them.
+
+    kind: "image" or "text", which is also the word of the command.
+    """
     return {
         "title": os.path.basename(os.path.normpath(config.input.data)),
-        "kind": "image",
+        "kind": kind,
         "created": now(),
-        "command": "graft image " + " ".join(changed_flags(config)),
+        "command": f"graft {kind} " + " ".join(changed_flags(config)),
         "verdicts": verdicts(phases, config.model.depth),
         "warnings": splits.warnings,
         "class_names": splits.class_names,
@@ -95,7 +100,7 @@ def add_test_figures(phase: dict, splits, logits: np.ndarray) -> None:
     from sklearn import metrics
 
     from pipelines.data import targets_of
-    from pipelines.training import mean_loss_and_accuracy
+    from pipelines.steps import mean_loss_and_accuracy
 
     targets = targets_of(splits.test, logits.shape[1])
     loss, accuracy = mean_loss_and_accuracy(targets, logits, splits.multi_label)
@@ -118,11 +123,11 @@ def add_test_figures(phase: dict, splits, logits: np.ndarray) -> None:
     console.print(f"  {phase['seconds']:.0f} s. {best}: validation loss {phase['val_loss']:.3f}, {shown}\n")
 
 
-def print_splits(splits) -> None:
+def print_splits(splits, noun: str = "image") -> None:
     """How many examples there are of each split, and what the user should know about the data."""
     sizes = split_sizes(splits)
     console.print(
-        f"      {len(splits.class_names)} classes{', several labels per image' if splits.multi_label else ''}; "
+        f"      {len(splits.class_names)} classes{', several labels per ' + noun if splits.multi_label else ''}; "
         f"{sizes['train']:,} to train, {sizes['val']:,} to validate, "
         f"{sizes['test']:,} to test"
     )
@@ -192,13 +197,16 @@ def class_counts(splits) -> dict[str, list[int]]:
 
 
 def describe_backbone(backbone) -> dict:
+    preprocess = backbone.preprocess
+    fields = dataclasses.fields(preprocess) if preprocess else ()
+    values = {field.name: getattr(preprocess, field.name) for field in fields if field.name != "tokenizer"}
     return {
         "name": backbone.name,
         "parameters": int(backbone.encoder.count_params()),
         "feature_size": backbone.feature_size,
         "blocks": len(backbone.blocks),
-        "image_size": list(backbone.preprocess.image_size),
-        "preprocess": dataclasses.asdict(backbone.preprocess),
+        **({"image_size": list(values["image_size"])} if "image_size" in values else {}),
+        "preprocess": values,
         "source": backbone.source,
     }
 
@@ -231,6 +239,7 @@ def changed_flags(config) -> list[str]:
 def machine_metrics(facts: dict) -> dict:
     """metrics.json: figures without pictures; two equal runs differ in `seconds` and `created` only."""
     kept = ("kind", "created", "class_names", "thresholds", "examples", "class_counts", "verdicts", "warnings")
+    kept += ("baselines",)
     settings = {name: value for name, value in facts["settings"].items() if name != "out"}
     return {
         **{name: facts[name] for name in kept if name in facts},
@@ -250,22 +259,24 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, r
     checked, name = gathered["serving"], version.parent.name
     mistakes = len(gathered["mistakes"])
     look = f"{mistakes} worst mistake{'s' if mistakes > 1 else ''}" if mistakes else "no mistakes on the test set"
+    noun = NOUNS[gathered["kind"]]
+    inputs = "FILES" if gathered["kind"] == "image" else "FILE.csv"
     console.print(
-        f"[bold]{headline(gathered['metrics']['test'])}[/] on {gathered['examples']['test']:,} test images. "
+        f"[bold]{headline(gathered['metrics']['test'])}[/] on {gathered['examples']['test']:,} test {noun}. "
         f"{' '.join(gathered['verdicts'])}\n"
         f"Look first: {look}   {report}\n"
-        f"{served_line(checked)}   {version}\n"
-        f"Try it:   graft predict {shlex.quote(str(run_dir))} FILES\n"
+        f"{served_line(checked, 'files' if gathered['kind'] == 'image' else noun)}   {version}\n"
+        f"Try it:   graft predict {shlex.quote(str(run_dir))} {inputs}\n"
         f"          docker run -p 8501:8501 -v {shlex.quote(f'{version.parent.absolute()}:/models/{name}')} "
         f"-e MODEL_NAME={name} tensorflow/serving:2.20.0"
     )
 
 
-def served_line(checked: dict) -> str:
-    """What verification found, in one line."""
+def served_line(checked: dict, noun: str = "files") -> str:
+    """What verification found, in one line; `noun` is what the answers were for."""
     if not checked["files"]:
-        return "Verified for TensorFlow Serving; no test files were left to compare answers with training's."
+        return f"Verified for TensorFlow Serving; no test {noun} were left to compare answers with training's."
     return (
-        f"Served answers equal training's ({checked['files']} files, "
+        f"Served answers equal training's ({checked['files']} {noun}, "
         f"largest difference {checked['largest_difference']:.0e})"
     )

@@ -1,7 +1,8 @@
-"""Image sets as Hugging Face's `datasets` keeps them on disk -> examples. Needs neither it nor TensorFlow.
+"""Sets as Hugging Face's `datasets` keeps them on disk -> examples of images. Needs neither it nor TensorFlow.
 
 Three layouts: what `save_to_disk` writes (Arrow files), Parquet shards as on the hub, and image folders whose
-labels stand in metadata.csv, .jsonl or .parquet. Plain class folders are none of them.
+labels stand in metadata.csv, .jsonl or .parquet. Plain class folders are none of them. What tables of images and of
+texts share is here; `pipelines.text_sets` reads the texts.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pyarrow as pa
@@ -29,7 +30,7 @@ LISTS = ("List", "LargeList", "Sequence")  # what `datasets` has called a list o
 class Columns(NamedTuple):
     """What is read of a table."""
 
-    image: str
+    inputs: tuple[str, ...]  # the image; the text, or both texts of a pair
     label: str
     group: str  # "" where the table has none
     class_names: list[str] | None  # None: the labels are text or numbers that speak for themselves
@@ -54,7 +55,7 @@ def huggingface_examples(
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         return None
-    tables = _saved_tables(folder) or _parquet_tables(folder)
+    tables = saved_tables(folder) or parquet_tables(folder, _holds_images)
     if tables:
         return _table_examples(folder, tables, label_column, group_column)
     return _metadata_examples(folder, label_column, group_column)
@@ -63,7 +64,7 @@ def huggingface_examples(
 # ---------------------------------------------------------------- finding tables
 
 
-def _saved_tables(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+def saved_tables(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     """Split -> Arrow files of what `save_to_disk` wrote; empty where the folder is none. A lone table has split ""."""
     if (folder / "dataset_dict.json").is_file():
         parts = {name: folder / name for name in _read_json(folder / "dataset_dict.json", "splits")}
@@ -81,12 +82,15 @@ def _saved_tables(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     return tables
 
 
-def _parquet_tables(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Split -> Parquet shards in the folder or in its only folder of shards, such as data/; else empty."""
+def parquet_tables(folder: pathlib.Path, is_wanted: Callable) -> dict[str, list[pathlib.Path]]:
+    """Split -> Parquet shards in the folder or in its only folder of shards, such as data/; else empty.
+
+    is_wanted: file -> whether a file that is called train.parquet or the like, as manifests are, is of this kind.
+    """
     tables = _shards(folder)
     if tables:
         return tables
-    whole = [file for file in sorted(folder.glob("*.parquet")) if file.stem in SPLIT_ALIASES and _holds_images(file)]
+    whole = [file for file in sorted(folder.glob("*.parquet")) if file.stem in SPLIT_ALIASES and is_wanted(file)]
     if whole:
         return {file.stem: [file] for file in whole}
     configs = [part for part in sorted(folder.iterdir()) if part.is_dir() and _shards(part)]
@@ -117,7 +121,7 @@ def _shards(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
 
 
 def _holds_images(file: pathlib.Path) -> bool:
-    with _open(file) as (schema, _, _):
+    with open_file(file) as (schema, _, _):
         return any(_is_image(feature) for feature in _features(schema, None).values())
 
 
@@ -134,7 +138,7 @@ def _read_json(file: pathlib.Path, key: str):
 
 
 @contextlib.contextmanager
-def _open(file: pathlib.Path):
+def open_file(file: pathlib.Path):
     """(schema, number of rows, function: names of columns -> batches of them) of an Arrow stream or a Parquet file.
 
     Raises GraftError where the file is damaged, inside the block too.
@@ -165,7 +169,7 @@ def _table_examples(folder, tables, label_column, group_column) -> list[Example]
     count = 0
     columns = {}
     for file in files:
-        with _open(file) as (schema, rows, _):
+        with open_file(file) as (schema, rows, _):
             count += rows
             columns[file] = choose_columns(file, schema, label_column, group_column)
     key = set_key(files, str(folder.resolve()), str(splits), str(list(columns.values())))
@@ -178,19 +182,31 @@ def _table_examples(folder, tables, label_column, group_column) -> list[Example]
     return write_once(f"huggingface-{folder.resolve().name}-{key}", count, records)
 
 
-def choose_columns(file: pathlib.Path, schema: pa.Schema, label_column: str, group_column: str) -> Columns:
+def choose_columns(
+    file: pathlib.Path, schema: pa.Schema, label_column: str, group_column: str, texts: tuple[str, ...] = ()
+) -> Columns:
     """What to read of a table: the only image, and the label by name or as the only one whose classes have names.
+
+    Args:
+        texts: names of the text columns, in place of an image.
 
     Raises:
         GraftError: none, or several and nothing to choose by; lists the columns that there are.
     """
     features = _features(schema, file.parent / "dataset_info.json")
     listed = ", ".join(f"{name} ({feature.get('_type', 'several')})" for name, feature in features.items())
-    images = [name for name, feature in features.items() if _is_image(feature)]
+    inputs = texts or tuple(name for name, feature in features.items() if _is_image(feature))
     labels = [name for name, feature in features.items() if _element(feature).get("_type") == "ClassLabel"]
-    if len(images) != 1:
+    for name in texts:
+        if name not in features or schema.field(name).type not in (pa.string(), pa.large_string()):
+            flag = "--text-column" if name == texts[0] else "--second-column"
+            raise GraftError(
+                f"{file}: expected a column of texts called {name!r}. Its columns: {listed}. "
+                f"Name the right one with {flag}."
+            )
+    if len(inputs) != 1 and not texts:
         raise GraftError(
-            f"{file}: expected one image column, found {', '.join(images) or 'none'}. Its columns: {listed}. "
+            f"{file}: expected one image column, found {', '.join(inputs) or 'none'}. Its columns: {listed}. "
             f"Give a set with one image per row."
         )
     if label_column in features and _element(features[label_column]).get("_type") in ("ClassLabel", "Value"):
@@ -207,7 +223,7 @@ def choose_columns(file: pathlib.Path, schema: pa.Schema, label_column: str, gro
         raise GraftError(f"{file} has no column {group_column!r}. Its columns: {listed}. Correct --group-column.")
     label = _element(features[labels[0]])
     class_names = label.get("names") or [str(number) for number in range(label.get("num_classes") or 0)]
-    return Columns(images[0], labels[0], group_column if group_column in features else "", class_names or None)
+    return Columns(inputs, labels[0], group_column if group_column in features else "", class_names or None)
 
 
 def _features(schema: pa.Schema, info: pathlib.Path | None) -> dict[str, dict]:
@@ -244,20 +260,20 @@ def _is_image(feature: dict) -> bool:
 
 
 def _records(folder: pathlib.Path, file: pathlib.Path, columns: Columns, split: str) -> Iterator[Record]:
-    wanted = [name for name in (columns.image, columns.label, columns.group) if name]
+    wanted = [name for name in (*columns.inputs, columns.label, columns.group) if name]
     row = 0
-    with _open(file) as (_, _, batches):
+    with open_file(file) as (_, _, batches):
         for batch in batches(list(dict.fromkeys(wanted))):
             for values in batch.to_pylist():
                 row += 1
                 where = f"{file}, row {row}"
-                labels = _labels(where, values[columns.label], columns.class_names)
-                image = _image(where, folder, values[columns.image])
+                labels = labels_of_cell(where, values[columns.label], columns.class_names)
+                image = _image(where, folder, values[columns.inputs[0]])
                 group = values[columns.group] if columns.group else None
                 yield Record(split, labels, image, "" if group is None else str(group))
 
 
-def _labels(where: str, value, class_names: list[str] | None) -> tuple[str, ...] | None:
+def labels_of_cell(where: str, value, class_names: list[str] | None) -> tuple[str, ...] | None:
     """The names of the labels of a row; None where it has none."""
     values = value if isinstance(value, list) else [value]
     if class_names is None:

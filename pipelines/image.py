@@ -9,24 +9,22 @@ Reads top to bottom: `run` is the whole story. TensorFlow is imported after the 
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 import sys
+import types
 
 import numpy as np
-import tyro
 
 from models import GraftError
 from models.names import check_backbone_name, check_depth, known_blocks
 from pipelines import facts, runs
-from pipelines.config import ImageConfig, depth_blocks, parse_config, read_config
+from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
-from pipelines.data import image_loader, load_images, targets_of
-from pipelines.evaluate_multi_label import choose_thresholds
-from pipelines.mistakes import worst_mistakes
+from pipelines.data import image_loader, load_images
+from pipelines.options import ImageConfig
+from pipelines.results import VERIFIED_EXAMPLES, publish, score, thresholds_of_run, write_results
 from pipelines.sources import drop_small_classes, find_images, is_multi_label
 
-VERIFIED_FILES = 200  # most test files whose served answers are compared with training's
 RUN_BYTES = 150_000_000  # free disk that a run of a small backbone needs: two checkpoints, export, report, logs
 
 
@@ -44,9 +42,8 @@ def run(config: ImageConfig) -> pathlib.Path:
     from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.distribute import make_strategy
     from pipelines.evaluate import check_positive
-    from pipelines.model_card import write_model_card
-    from pipelines.report import write_report
-    from pipelines.training import fit_two_phase, predictor
+    from pipelines.prediction import predictor
+    from pipelines.training import fit_two_phase
 
     strategy = make_strategy(config.training.distribute, config.training.devices)
     splits = load_images(found, config.input.min_per_class)
@@ -82,39 +79,19 @@ def run(config: ImageConfig) -> pathlib.Path:
         clock.lap("training")
 
         # How good it is.
-        logits = {"val": logits_of(splits.val), "test": logits_of(splits.test)}
-        thresholds = thresholds_for(splits.val, logits["val"]) if splits.multi_label else None
-        metrics = facts.metrics_of(splits, logits, thresholds, config)
+        scored = score(splits, logits_of, config)
         clock.lap("evaluation")
 
         # A version for TensorFlow Serving, verified before it gets its number.
         # What it must answer comes from the files through the whole model, nothing from the cache.
-        samples = splits.test.slice(0, VERIFIED_FILES)
-        expected = predictor(model, strategy, loader("none"), config.training.batch_size)(samples)
-        expected = facts.probabilities_of(expected, splits.multi_label)
-        paths = samples["path"].to_pylist()
-        version, checked = publish(model, splits.class_names, splits.white_level, run_dir, paths, expected, thresholds)
+        predict = predictor(model, strategy, loader("none"), config.training.batch_size)
+        samples = splits.test.slice(0, VERIFIED_EXAMPLES)
+        version, checked = publish_images(model, splits, run_dir, samples, predict, scored[2])
         clock.lap("export and verification")
 
-        # The report; metrics.json last: a run that has it is complete.
-        probabilities = facts.probabilities_of(logits["test"], splits.multi_label)
-        gathered = {
-            **facts.about_run(config, splits, model.backbone, phases, metrics),
-            **({"thresholds": thresholds.tolist()} if splits.multi_label else {}),
-            "mistakes": worst_mistakes(
-                splits.test,
-                probabilities,
-                splits.class_names,
-                splits.white_level,
-                config.report.report_inputs,
-                thresholds,
-            ),
-            "timings": clock.laps,
-            "serving": {"folder": str(version.relative_to(run_dir)), **checked},
-        }
-        report = write_report(run_dir, gathered)
-        write_model_card(run_dir, gathered)
-        runs.write_json(run_dir / "metrics.json", facts.machine_metrics(gathered))
+        gathered, report = write_results(
+            run_dir, config, "image", splits, model.backbone, phases, scored, version, checked, clock
+        )
     facts.print_ending(gathered, run_dir, version, report)
     return run_dir
 
@@ -133,27 +110,11 @@ def check_request(config: ImageConfig):
     found = find_images(data.data, data.path_column, data.label_column, data.group_column, data.data_dir)
     drop_small_classes(found, data.min_per_class)
     if is_multi_label(found):
-        check_multi_label_flags(config)
+        check_multi_label_flags(config, "image")
     run_dir = runs.choose_run_folder(config.run.out, data.data)
     runs.check_free_space(run_dir, RUN_BYTES)
     check_backbone_name(config.model.backbone)  # last: it may have to be downloaded
     return found, run_dir
-
-
-def check_multi_label_flags(config: ImageConfig) -> None:
-    """Raise GraftError for what makes sense with one label per image only."""
-    if config.training.class_weights != "none":
-        raise GraftError(
-            f"--class-weights {config.training.class_weights}: --data {config.input.data} has several labels per "
-            f"image, and an image weighs for all its classes at once. Leave the flag out: each class gets its own "
-            f"threshold, so that rare classes are found too."
-        )
-    if config.report.positive:
-        raise GraftError(
-            f"--positive {config.report.positive}: --data {config.input.data} has several labels per image; "
-            f"sensitivity at a specificity needs exactly one of two. Leave the flag out: the per-class table of the "
-            f"report has precision, recall and threshold of every class."
-        )
 
 
 def build_model(config: ImageConfig, class_names: list[str], multi_label: bool = False):
@@ -181,114 +142,49 @@ def build_model(config: ImageConfig, class_names: list[str], multi_label: bool =
     return Classifier(backbone, len(class_names), config.model.dropout, config.training.seed, multi_label)
 
 
-def thresholds_for(val, logits: np.ndarray) -> np.ndarray:
-    """The threshold of each class, [classes] float32, that suits the validation set of a multi-label model best."""
-    return choose_thresholds(targets_of(val, logits.shape[1]), facts.probabilities_of(logits, multi_label=True))
-
-
-def publish(model, class_names, white_level: int, run_dir: pathlib.Path, sample_paths, probabilities, thresholds=None):
-    """Export to RUN/serving/NAME/NUMBER, verified on sample files before it gets its number.
+def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thresholds=None):
+    """Export and verify on a table of images, as `pipelines.results.publish` does.
 
     Args:
-        sample_paths: files; the first rows of `probabilities` [n, classes] are training's answers for them.
+        splits: whatever has class_names and white_level.
+        predict: a function of a table -> logits of the whole model.
         thresholds: [classes] float32, of a multi-label model.
-
-    Returns:
-        The version's folder, and what was checked.
     """
-    from serving.export import export_image_classifier, publish_version
-    from serving.verify import verify
-
-    samples = [pathlib.Path(path).read_bytes() for path in sample_paths]
-    backbone = model.backbone
-    checked = {}
+    from serving.export import export_image_classifier
 
     def write(folder):
         export_image_classifier(
             model,
-            backbone.preprocess,
-            class_names,
+            model.backbone.preprocess,
+            splits.class_names,
             folder,
-            white_level=white_level,
-            details={"backbone": backbone.name, "source": backbone.source},
+            white_level=splits.white_level,
+            details={"backbone": model.backbone.name, "source": model.backbone.source},
             thresholds=thresholds,
         )
 
-    def check(folder):
-        checked.update(verify(folder, samples, probabilities[: len(samples)]))
-
-    with console.status("exporting and verifying the SavedModel"):
-        version = publish_version(write, run_dir / "serving" / runs.serving_name(run_dir), check)
-    return version, checked
+    files = [pathlib.Path(path).read_bytes() for path in samples["path"].to_pylist()]
+    expected = predict(samples) if files else np.zeros((0, len(splits.class_names)), np.float32)
+    return publish(run_dir, write, files, facts.probabilities_of(expected, model.multi_label))
 
 
-# ---------------------------------------------------------------- graft export
-
-
-@dataclasses.dataclass
-class ExportConfig:
-    """Export a run again as its next version, or make a model of what a stopped run had learned."""
-
-    run: tyro.conf.Positional[str]
-    """Run folder."""
-
-
-def export_run(argv: list[str]) -> int:
-    """`graft export RUN`: rebuild the model from the run's best weights, export and verify it."""
-    run_dir = pathlib.Path(tyro.cli(ExportConfig, args=argv, prog="graft export").run)
-    if not (run_dir / "config.yaml").is_file():
-        raise GraftError(
-            f"{run_dir} is not a run folder: it holds no config.yaml. Give the folder that `graft image` wrote."
-        )
-    checkpoint = runs.find_checkpoint(run_dir)
-    if checkpoint is None:
-        raise GraftError(
-            f"{run_dir} holds no saved weights: its training stopped before the first epoch ended. Train again."
-        )
+def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict]:
+    """`graft export` of a run on images; state: what `runs.start_run_folder` noted."""
     config = read_config(run_dir / "config.yaml")
-    state = json.loads((run_dir / "checkpoints" / "state.json").read_text())
     start_tensorflow(config.training.seed)
     import tensorflow as tf
 
-    from pipelines.training import predictor
+    from pipelines.prediction import predictor
 
-    class_names, multi_label = state["class_names"], state.get("multi_label", False)
-    model = build_model(config, class_names, multi_label)
-    model.load_weights(checkpoint)
-    load = image_loader(model.backbone.preprocess, state["white_level"])
+    noted = types.SimpleNamespace(class_names=state["class_names"], white_level=state["white_level"])
+    multi_label = state.get("multi_label", False)
+    model = build_model(config, noted.class_names, multi_label)
+    model.load_weights(runs.find_checkpoint(run_dir))
+    load = image_loader(model.backbone.preprocess, noted.white_level)
     predict = predictor(model, tf.distribute.get_strategy(), load, config.training.batch_size)
-
-    def logits_of(table):
-        return predict(table) if table.num_rows else np.zeros((0, len(class_names)), np.float32)
-
-    table = runs.read_split(run_dir, "test", VERIFIED_FILES, multi_label)
-    probabilities = facts.probabilities_of(logits_of(table), multi_label)
-    thresholds = thresholds_of_run(run_dir, logits_of) if multi_label else None
-    with runs.explained(run_dir):
-        version, checked = publish(
-            model,
-            class_names,
-            state["white_level"],
-            run_dir,
-            table["path"].to_pylist(),
-            probabilities,
-            thresholds,
-        )
-    console.print(f"Exported the weights of {checkpoint.name} to {version}\n{facts.served_line(checked)}")
-    return 0
-
-
-def thresholds_of_run(run_dir: pathlib.Path, logits_of) -> np.ndarray:
-    """The thresholds of a multi-label run: those it ended with; of a stopped run chosen on its validation images."""
-    if (run_dir / "metrics.json").is_file():
-        return np.array(json.loads((run_dir / "metrics.json").read_text())["thresholds"], np.float32)
-    val = runs.read_split(run_dir, "val", multi_label=True)
-    if not val.num_rows:
-        raise GraftError(
-            f"{run_dir}: thresholds are chosen on the validation images, and all of those that splits.csv lists "
-            f"are gone or changed. Put them back, or train again."
-        )
-    return thresholds_for(val, logits_of(val))
+    samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
+    thresholds = thresholds_of_run(run_dir, predict) if multi_label else None
+    return publish_images(model, noted, run_dir, samples, predict, thresholds)
 
 
 if __name__ == "__main__":

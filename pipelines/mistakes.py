@@ -1,4 +1,4 @@
-"""The worst mistakes of a model, for the report: what was taken for what, with the picture."""
+"""The worst mistakes of a model, for the report: what was taken for what, with the picture or the text."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pipelines.data import targets_of
 
 SHOWN_MISTAKES = 12
 THUMBNAIL_SIDE = 192  # pixels
+SHOWN_CHARACTERS = 400  # of a text
 
 
 def worst_mistakes(
@@ -19,25 +20,35 @@ def worst_mistakes(
     """The examples that were most confidently wrong, worst first.
 
     Args:
-        table: the examples, with columns id, path and label.
+        table: the examples, with columns id, label, and path or text (and text_b).
         probabilities: [n, classes] float32.
-        report_inputs: "all" for pictures, "none" for ids only: data that must not leave the machine.
+        white_level: of 16-bit images, as in `pipelines.data.Splits`.
+        report_inputs: "all" for pictures and texts, "none" for ids only: data that must not leave the machine.
         thresholds: [classes] float32 of a multi-label model.
     """
     if thresholds is None:
         mistakes = _wrong_answers(table["label"].to_numpy(), probabilities, class_names)
     else:
         mistakes = _wrong_choices(table, probabilities, class_names, thresholds)
-    paths, ids, with_pictures = table["path"].to_pylist(), table["id"].to_pylist(), report_inputs == "all"
     return [
-        {
-            "id": ids[row],
-            "path": paths[row] if with_pictures else None,
-            **mistake,
-            "picture": thumbnail(paths[row], white_level) if with_pictures else None,
-        }
+        _with_input(table.slice(row, 1).to_pylist()[0], mistake, white_level, report_inputs)
         for row, mistake in mistakes
     ]
+
+
+def _with_input(example: dict, mistake: dict, white_level: int, report_inputs: str) -> dict:
+    """A mistake with what it was made on: a path and its picture, or texts; neither where inputs are not shown."""
+    shown = {"id": example["id"], "path": None, **mistake, "picture": None}
+    if report_inputs == "all" and "path" in example:
+        shown |= {"path": example["path"], "picture": thumbnail(example["path"], white_level)}
+    elif report_inputs == "all":
+        shown["texts"] = [shortened(example[name]) for name in ("text", "text_b") if name in example]
+    return shown
+
+
+def shortened(text: str) -> dict:
+    """The beginning of a text, and of how many characters it is the beginning: {"text", "of"}; None where it is all."""
+    return {"text": text[:SHOWN_CHARACTERS], "of": len(text) if len(text) > SHOWN_CHARACTERS else None}
 
 
 def _wrong_answers(labels, probabilities, class_names) -> list[tuple[int, dict]]:

@@ -12,6 +12,18 @@ import yaml
 from pipelines.facts import headline
 
 LISTED_CLASSES = 20  # most classes whose figures are listed
+ABOUT = {  # how the examples of each kind of data are spoken of
+    "image": {
+        "class": "an image shows",
+        "other": "images from another source, camera or time need",
+        "skipped": "could not be read",
+    },
+    "text": {
+        "class": "a text belongs to",
+        "other": "texts from another source, of another style or time need",
+        "skipped": "were empty and left out",
+    },
+}
 
 
 def write_model_card(run_dir: pathlib.Path, facts: dict) -> pathlib.Path:
@@ -25,11 +37,12 @@ def model_card(facts: dict) -> str:
     """The card as Markdown. `facts` is what `pipelines.report.write_report` takes after training."""
     test, backbone, settings = facts["metrics"]["test"], facts["backbone"], facts["settings"]
     source = {name: value for name, value in backbone["source"].items() if value}
+    about = ABOUT[facts["kind"]]
     licence = source.get("licence", "unknown")
     front = {
         "license": licence.lower(),
         "base_model": backbone["name"],
-        "pipeline_tag": "image-classification",
+        "pipeline_tag": f"{facts['kind']}-classification",
         "library_name": "graft",
         "tags": ["tensorflow", "keras", "transfer-learning"],
     }
@@ -45,21 +58,20 @@ def model_card(facts: dict) -> str:
             "",
             "## Intended use",
             "",
-            f"Tells which of {len(facts['class_names'])} classes an image shows: {_names(facts['class_names'])}.",
+            f"Tells which of {len(facts['class_names'])} classes {about['class']}: {_names(facts['class_names'])}.",
             "It answers with one of these whatever it is shown. It was measured on the data below and on nothing else:",
-            "images from another source, camera or time need a test of their own (`graft evaluate RUN --data NEW`).",
+            f"{about['other']} a test of their own (`graft evaluate RUN --data NEW`).",
             "",
             "## Data",
             "",
             f"- {settings['data']}: {sizes['train']:,} examples to train, {sizes['val']:,} to validate, "
-            f"{sizes['test']:,} to test; {sizes['skipped']:,} could not be read.",
+            f"{sizes['test']:,} to test; {sizes['skipped']:,} {about['skipped']}.",
             f"- Fingerprint (SHA-256 of contents, labels and splits): `{facts['data']['fingerprint']}`",
             *[f"- {warning}" for warning in facts["warnings"]],
             "",
             "## Backbone",
             "",
-            f"- {backbone['name']}: {backbone['parameters']:,} parameters, {backbone['image_size'][0]} x "
-            f"{backbone['image_size'][1]} pixels",
+            f"- {backbone['name']}: {backbone['parameters']:,} parameters{_input_size(backbone)}",
             *[f"- {name}: {value}" for name, value in source.items()],
             "",
             "The licence is that of the weights and carries over to what is made from them; the data may add its own.",
@@ -77,6 +89,14 @@ def model_card(facts: dict) -> str:
             "",
         ]
     )
+
+
+def _input_size(backbone: dict) -> str:
+    """What the backbone sees at most of an example, in words."""
+    if "image_size" in backbone:
+        return f", {backbone['image_size'][0]} x {backbone['image_size'][1]} pixels"
+    tokens = backbone["preprocess"].get("sequence_length")
+    return f", {tokens} tokens" if tokens else ""
 
 
 def _names(class_names: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""Images that lie inside other libraries' records and tables -> files in the cache, and the list of examples."""
+"""What lies inside other libraries' records and tables -> the cache: images as files, texts as a list; examples."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from models import GraftError, offline
 from pipelines.console import console, progress_bar
-from pipelines.manifests import SPLIT_ALIASES, Example
+from pipelines.manifests import SPLIT_ALIASES, Example, TextExample
 
 # How files of each kind begin, and the ending that such a file gets; other kinds get .bin and are reported
 # by the reader of images, as any file that it does not know.
@@ -68,26 +68,44 @@ def write_once(name: str, count: int, records: Callable[[], Iterable[Record]]) -
     Raises:
         GraftError: no labelled image, or no room for the files.
     """
+
+    def row_of(folder, number, record):
+        return [record.split, record.labels, str(_write_image(folder, number, record)), record.group]
+
+    folder, rows = _rows_once(name, count, records, row_of, "images")
+    found = [Example(split, tuple(labels), str(folder / path), group) for split, labels, path, group in rows]
+    return sorted(found, key=lambda example: example.path)
+
+
+def write_texts_once(name: str, count: int, records: Callable[[], Iterable[TextExample]]) -> list[TextExample]:
+    """As `write_once`, of texts: the examples in their order. labels None: not labelled."""
+
+    def row_of(folder, number, record):
+        return [record.split, record.labels, record.text, record.text_b, record.group, f"{name}, row {number + 1}"]
+
+    _, rows = _rows_once(name, count, records, row_of, "texts")
+    return [TextExample(split, tuple(labels), *others) for split, labels, *others in rows]
+
+
+def _rows_once(name: str, count: int, records, row_of: Callable, noun: str) -> tuple[pathlib.Path, list[list]]:
+    """The folder in the cache and the rows of its list, written on first use: row_of(folder, number, record)."""
     folder = offline.cache_folder() / "data" / _file_name(name)
     if not folder.is_dir():
         with offline.whole_or_nothing(folder) as temporary, progress_bar() as bar:
-            task = bar.add_task("unpacking images", total=count, note="")
+            task = bar.add_task(f"unpacking {noun}", total=count, note="")
             rows, unlabelled = [], 0
             for number, record in enumerate(records()):
                 if record.labels is None:
                     unlabelled += 1
                 else:
-                    path = _write_image(temporary, number, record)
-                    rows.append([record.split, record.labels, str(path), record.group])
+                    rows.append(row_of(temporary, number, record))
                 bar.update(task, completed=number + 1)
             if not rows:
-                raise GraftError(f"{name}: none of its {count:,} images is labelled. Give a set with labels.")
+                raise GraftError(f"{name}: none of its {count:,} {noun} is labelled. Give a set with labels.")
             (temporary / "examples.json").write_text(json.dumps(rows))
         if unlabelled:
-            console.print(f"{unlabelled:,} images without a label are left out.")
-    rows = json.loads((folder / "examples.json").read_text())
-    found = [Example(split, tuple(labels), str(folder / path), group) for split, labels, path, group in rows]
-    return sorted(found, key=lambda example: example.path)
+            console.print(f"{unlabelled:,} {noun} without a label are left out.")
+    return folder, json.loads((folder / "examples.json").read_text())
 
 
 def _write_image(folder: pathlib.Path, number: int, record: Record) -> pathlib.Path:

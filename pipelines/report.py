@@ -12,9 +12,9 @@ import pathlib
 import shlex
 
 from pipelines import plots, runs
+from pipelines.facts import NOUNS
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
-NOUNS = {"image": "images"}  # what one example of each kind of data is called, in the plural
 MATRIX_CLASSES = 50  # with more, the confusion matrix is too fine to read
 MATRIX_FIRST_TO = 30  # above, the table of confused pairs comes first and is longer
 CLASSES_SHOWN = 20  # more rows of the per-class table are folded away
@@ -69,8 +69,8 @@ def write_report(run_dir, facts) -> pathlib.Path:
     facts: a plain dict. Needed: title, kind, class_names and metrics ({"test" and / or "val": the dict of
     pipelines.evaluate.evaluate or of pipelines.evaluate_multi_label}). Every other key adds a section or a
     line where it is given and not empty: created, command, verdicts, warnings, examples, class_counts, phases,
-    mistakes, settings, backbone, data, timings, serving, versions, machine. Raises OSError where the page cannot
-    be written.
+    baselines (as pipelines.baselines gives them), mistakes, settings, backbone, data, timings, serving, versions,
+    machine. Raises OSError where the page cannot be written.
     """
     target = pathlib.Path(run_dir) / "report.html"
     # A path may hold bytes that are not UTF-8, which Python keeps as lone surrogates.
@@ -110,8 +110,9 @@ def render(facts, run_dir=".") -> str:
         split={"test": "test", "val": "validation"}[split],
         validation=facts["metrics"].get("val") if split == "test" else None,
         noun=NOUNS.get(facts["kind"], "examples"),
+        with_texts=any(mistake.get("texts") for mistake in facts.get("mistakes") or []),
         metrics=[metric for metric in METRICS if figures.get(metric[0]) is not None],
-        yardstick=yardstick(figures, facts.get("phases") or []),
+        yardstick=yardstick(figures, facts.get("phases") or [], facts.get("baselines") or []),
         curves=[plots.learning_curve(stage, key) for stage, key in curves],
         stages=stages,
         reliability=plots.reliability_plot(figures["reliability"], multi_label),
@@ -125,14 +126,15 @@ def render(facts, run_dir=".") -> str:
     )
 
 
-def yardstick(figures, phases) -> list[dict]:
-    """Bars that put the headline into proportion: an answer without looking, earlier phases, this model."""
+def yardstick(figures, phases, baselines=()) -> list[dict]:
+    """Bars that put the headline into proportion: an answer without looking, simpler methods, earlier phases, this."""
     headline = figures["headline"]
     metric, low, high = headline["metric"], *headline["interval"]
     if "chance_value" in headline:
         rows = [{"name": "Guessing by how common classes are", "value": headline["chance_value"]}]
     else:
         rows = [{"before": "Always ", "name": headline["majority_class"], "value": headline["majority_value"]}]
+    rows += [{"name": row["name"], "value": row["value"]} for row in baselines if row["metric"] == metric]
     kept = [phase for phase in phases if phase["kept"]]
     for phase in phases:
         value = (phase.get("test") or {}).get(metric)
@@ -253,6 +255,10 @@ def serving_commands(serving, kind, run_dir) -> dict | None:
             """(printf '{"instances": [{"b64": "'; base64 < picture.jpg | tr -d '\\n'; printf '"}]}') |\n"""
             f"  curl -d @- http://localhost:8501/v1/models/{name}:predict"
         )
+    if kind == "text":
+        commands["predict"] = f"graft predict {shlex.quote(str(run_dir))} new-texts.csv --out predictions.csv"
+        texts = '["a text"]' if not serving.get("pairs") else '[{"text_a": "a text", "text_b": "its second"}]'
+        commands["curl"] = f"curl -d '{{\"instances\": {texts}}}' http://localhost:8501/v1/models/{name}:predict"
     return commands
 
 

@@ -17,12 +17,14 @@ import pyarrow as pa
 from models import GraftError
 from pipelines.config import config_yaml
 from pipelines.inspections import content_id
-from pipelines.splits import SPLIT_NAMES, labels_of
+from pipelines.splits import INPUT_COLUMNS, SPLIT_NAMES, labels_of
+from pipelines.texts import text_id
 
 CHECKPOINTS = (
     "fine_tune",
     "head",
 )  # newest first: a fine-tuned checkpoint exists only where it beat the head
+LONGEST_TEXT = 2**31 - 1  # characters that a cell of splits.csv may have; Python's csv would stop at 131,072
 
 
 def choose_run_folder(out: str, data: str) -> pathlib.Path:
@@ -100,7 +102,11 @@ def stopped(run_dir: pathlib.Path) -> GraftError:
 
 
 def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
-    """Make the run folder with what is known before training: config.yaml, skipped.csv, splits.csv, state.json."""
+    """Make the run folder with what is known before training: config.yaml, skipped.csv, splits.csv, state.json.
+
+    splits.csv names each example by its content hash and tells where it is: the path of a file, the text itself.
+    With `--report-inputs none` it holds no texts; then `graft export` has none to verify the served answers with.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     write_text(run_dir / "config.yaml", config_yaml(config))
     write_csv(run_dir / "skipped.csv", splits.skipped, ["path", "reason"])
@@ -110,17 +116,21 @@ def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
             "split": name,
             "class": "|".join(splits.class_names[label] for label in labels_of(row)),
             "label": "|".join(str(label) for label in labels_of(row)),
-            "path": os.path.abspath(row["path"]),
+            **({"path": os.path.abspath(row["path"])} if "path" in row else {}),
         }
         for name, table in zip(SPLIT_NAMES, splits)
         for row in table.to_pylist()
     ]
-    write_csv(run_dir / "splits.csv", rows, ["split", "class", "label", "group", "id", "path"])
+    inputs = [name for name in INPUT_COLUMNS if name in splits.train.column_names]
+    private = "text" in inputs and config.report.report_inputs == "none"
+    columns = ["split", "class", "label", "group", "id", *([] if private else inputs)]
+    write_csv(run_dir / "splits.csv", rows, columns)
     (run_dir / "checkpoints").mkdir(exist_ok=True)
     state = {
         "class_names": splits.class_names,
         "white_level": splits.white_level,
         "multi_label": splits.multi_label,
+        "inputs": inputs,
     }
     write_json(run_dir / "checkpoints" / "state.json", state)
 
@@ -179,22 +189,34 @@ def find_checkpoint(run_dir: pathlib.Path) -> pathlib.Path | None:
 
 
 def read_split(run_dir: pathlib.Path, split: str, most: int | None = None, multi_label: bool = False) -> pa.Table:
-    """The first rows of one split from the run's splits.csv, without files that are gone or changed since."""
+    """The first rows of one split from the run's splits.csv, without examples that are gone or changed since.
+
+    Of texts that the file does not hold (`--report-inputs none`) there are no rows.
+    """
+    csv.field_size_limit(LONGEST_TEXT)
     with open(run_dir / "splits.csv", newline="", encoding="utf-8") as file:
-        rows = (row for row in csv.DictReader(file) if row["split"] == split)
-        rows = (row for row in rows if os.path.isfile(row["path"]) and content_id(row["path"]) == row["id"])
+        reader = csv.DictReader(file)
+        inputs = [name for name in INPUT_COLUMNS if name in reader.fieldnames]
+        rows = (row for row in reader if row["split"] == split and _is_unchanged(row))
         rows = list(itertools.islice(rows, most))
     labels = [[int(label) for label in row["label"].split("|")] for row in rows]
     return pa.table(
         {
             "id": [row["id"] for row in rows],
-            "path": [row["path"] for row in rows],
+            **{name: [row[name] for row in rows] for name in inputs},
             "label": pa.array(labels, pa.list_(pa.int64()))
             if multi_label
             else pa.array([label for (label,) in labels], pa.int64()),
             "weight": pa.array([1.0] * len(rows), pa.float32()),
         }
     )
+
+
+def _is_unchanged(row: dict[str, str]) -> bool:
+    """Whether the file or text of a row of splits.csv is still what its id says."""
+    if "path" in row:
+        return os.path.isfile(row["path"]) and content_id(row["path"]) == row["id"]
+    return "text" in row and text_id(row["text"], row.get("text_b")) == row["id"]
 
 
 def find_version(run: str) -> pathlib.Path:
@@ -211,7 +233,8 @@ def find_version(run: str) -> pathlib.Path:
         return folder
     if not folder.is_dir():
         raise GraftError(
-            f"{run}: there is no such run folder. Give the folder that `graft image` wrote, such as runs/photos."
+            f"{run}: there is no such run folder. Give the folder that `graft image` or `graft text` wrote, such as "
+            f"runs/photos."
         )
     versions = [path.parent for path in folder.glob("serving/*/*/saved_model.pb") if path.parent.name.isdecimal()]
     if not versions:

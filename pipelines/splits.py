@@ -10,10 +10,13 @@ import pyarrow as pa
 from models import GraftError
 
 SPLIT_NAMES = ("train", "val", "test")
+INPUT_COLUMNS = ("path", "text", "text_b")  # what an example is; a table has those of its kind
 VAL_SHARE = TEST_SHARE = 0.15
 
 
-def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -> dict[str, pa.Table]:
+def make_splits(
+    rows: list[dict], class_names: list[str], warnings: list[str], noun: str = "image"
+) -> dict[str, pa.Table]:
     """Give every row without a split one, and return the three tables.
 
     Given splits are kept. Rows that have none become 70% train, 15% val and 15% test; where every row has one,
@@ -23,8 +26,10 @@ def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -
     duplicates and groups.
 
     Args:
-        rows: id, path, label (index, or list of indices), group (the id where there is none) and split ("" where
-            there is none). Shares hold per class; an example of several classes counts for its rarest.
+        rows: id, path (or text, and text_b of pairs), label (index, or list of indices), group (the id where there
+            is none) and split ("" where there is none). Shares hold per class; an example of several classes counts
+            for its rarest.
+        noun: what an example is called in messages.
 
     Raises:
         GraftError: a class without training images, nothing to validate or test with.
@@ -44,13 +49,13 @@ def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -
             movable = [row for component in whole for row in component]
     if make_val or make_test:
         (_split_by_group if has_groups else _split_by_content)(movable, make_val, make_test)
-    _warn_of_duplicates(rows, class_names, warnings)
+    _warn_of_duplicates(rows, class_names, warnings, noun)
     if has_groups:
-        _warn_of_groups(rows, class_names, warnings)
+        _warn_of_groups(rows, class_names, warnings, noun)
     schema = pa.schema(
         [
             ("id", pa.string()),
-            ("path", pa.string()),
+            *[(name, pa.string()) for name in INPUT_COLUMNS if name in rows[0]],
             ("label", pa.list_(pa.int64()) if any(isinstance(row["label"], list) for row in rows) else pa.int64()),
             ("group", pa.string()),
             ("weight", pa.float32()),
@@ -63,8 +68,8 @@ def make_splits(rows: list[dict], class_names: list[str], warnings: list[str]) -
     for name, purpose in (("val", "validate with"), ("test", "test with")):
         if not tables[name].num_rows:
             raise GraftError(
-                f"The split leaves no images to {purpose}. Give at least three {'groups' if has_groups else 'images'} "
-                f"of some class, or say which images are {name}: a folder {name}/ with its own class folders, "
+                f"The split leaves no {noun}s to {purpose}. Give at least three {'group' if has_groups else noun}s "
+                f"of some class, or say which {noun}s are {name}: a folder {name}/ with its own class folders, "
                 f"or the column split of a manifest."
             )
     return tables
@@ -192,7 +197,7 @@ def _boundary(components: list[tuple[float, list[dict]]], start: int, threshold:
     return min(end, max(len(components) - 1, start))  # the last group always trains
 
 
-def _warn_of_groups(rows: list[dict], class_names: list[str], warnings: list[str]) -> None:
+def _warn_of_groups(rows: list[dict], class_names: list[str], warnings: list[str], noun: str) -> None:
     splits_of = collections.defaultdict(set)
     for row in rows:
         splits_of[row["group"]].add(row["split"])
@@ -203,33 +208,33 @@ def _warn_of_groups(rows: list[dict], class_names: list[str], warnings: list[str
     untested = {label for row in rows for label in labels_of(row)} - tested
     if untested:
         names = [class_names[label] for label in sorted(untested)]
-        warnings.append(f"Classes {names} have no test images: too few groups hold them.")
+        warnings.append(f"Classes {names} have no test {noun}s: too few groups hold them.")
 
 
-def _warn_of_duplicates(rows: list[dict], class_names: list[str], warnings: list[str]) -> None:
+def _warn_of_duplicates(rows: list[dict], class_names: list[str], warnings: list[str], noun: str) -> None:
     by_id = collections.defaultdict(list)
     for row in rows:
         by_id[row["id"]].append(row)
     repeated = [same for same in by_id.values() if len(same) > 1]
     if repeated:
         warnings.append(
-            f"{sum(map(len, repeated)) - len(repeated)} images are exact copies of others; "
+            f"{sum(map(len, repeated)) - len(repeated)} {noun}s are exact copies of others; "
             f"copies are kept in the same split where Graft makes the splits."
         )
     contradictory = sum(len({tuple(labels_of(row)) for row in same}) > 1 for same in repeated)
     if contradictory:
-        warnings.append(f"{contradictory} images appear several times, with different labels.")
+        warnings.append(f"{contradictory} {noun}s appear several times, with different labels.")
     leaked = sum(
         "test" in splits and len(splits) > 1 for splits in ({row["split"] for row in same} for same in repeated)
     )
     if leaked:
-        warnings.append(f"{leaked} images of the given test set are also trained on: its score is too good.")
+        warnings.append(f"{leaked} {noun}s of the given test set are also trained on: its score is too good.")
     train_labels = {label for row in rows if row["split"] == "train" for label in labels_of(row)}
     untrained = sorted({label for row in rows for label in labels_of(row)} - train_labels)
     if untrained:
         raise GraftError(
-            f"Classes {[class_names[label] for label in untrained]} have no training images. Every class of val "
-            f"and test must be in train: add images there, or remove those classes."
+            f"Classes {[class_names[label] for label in untrained]} have no training {noun}s. Every class of val "
+            f"and test must be in train: add {noun}s there, or remove those classes."
         )
 
 

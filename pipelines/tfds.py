@@ -1,4 +1,4 @@
-"""Image sets of TensorFlow Datasets (`tfds:NAME`, `tfds:NAME/CONFIG`, `tfds:NAME/CONFIG:VERSION`) -> examples.
+"""Sets of TensorFlow Datasets (`tfds:NAME`, `tfds:NAME/CONFIG`, `tfds:NAME/CONFIG:VERSION`) -> examples.
 
 What is prepared on this machine is found, and its features are checked, in a second and without TensorFlow;
 TensorFlow reads the records once, and from then on the set is files in the cache.
@@ -17,8 +17,8 @@ import numpy as np
 
 from models import GraftError
 from pipelines.console import start_tensorflow
-from pipelines.manifests import Example
-from pipelines.records import Record, graft_splits, set_key, write_once
+from pipelines.manifests import Example, TextExample
+from pipelines.records import Record, graft_splits, set_key, write_once, write_texts_once
 
 PREFIX = "tfds:"
 VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -40,6 +40,26 @@ def tfds_examples(data: str, data_dir: str = "", label_column: str = "label") ->
         GraftError: an unknown set, configuration or version; not prepared and its host cannot be reached; no image
             or no label among its features; damaged records.
     """
+    folder = _prepared_folder(data, data_dir, label_column)
+    return _read_prepared(data, folder, label_column)
+
+
+def tfds_texts(
+    data: str, data_dir: str = "", text_column: str = "text", second_column: str = "", label_column: str = "label"
+) -> list[TextExample]:
+    """The texts of a TFDS set, kept as one table in the cache; otherwise as `tfds_examples`.
+
+    Args:
+        text_column: the feature that holds the text; where there is none called "text", the one that the set is made
+            for, else the only one.
+        second_column: the feature of the second text of a pair; "" where there are no pairs.
+    """
+    texts = (text_column, second_column) if second_column else (text_column,)
+    folder = _prepared_folder(data, data_dir, label_column, texts)
+    return _read_prepared(data, folder, label_column, texts)
+
+
+def _prepared_folder(data: str, data_dir: str, label_column: str, texts: tuple[str, ...] = ()) -> pathlib.Path:
     match = re.fullmatch(rf"{PREFIX}(\w+)(?:/([^/:]+))?(?::({VERSION.pattern}))?", data)
     if not match:
         raise GraftError(
@@ -49,7 +69,7 @@ def tfds_examples(data: str, data_dir: str = "", label_column: str = "label") ->
     name, config, version = match.groups(default="")
     root = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     folder = find_prepared(data, root, name, config, version)
-    return _read_prepared(data, folder or prepare(data, root, name, config, version, label_column), label_column)
+    return folder or prepare(data, root, name, config, version, label_column, texts)
 
 
 def prepared_sets(root: pathlib.Path) -> dict[tuple[str, str, str], pathlib.Path]:
@@ -89,7 +109,13 @@ def find_prepared(data: str, root: pathlib.Path, name: str, config: str, version
 
 
 def prepare(
-    data: str, root: pathlib.Path, name: str, config: str, version: str, label_column: str = "label"
+    data: str,
+    root: pathlib.Path,
+    name: str,
+    config: str,
+    version: str,
+    label_column: str = "label",
+    texts: tuple[str, ...] = (),
 ) -> pathlib.Path:
     """Let TFDS download a set that it knows and prepare it under `root`; returns the set's folder.
 
@@ -125,7 +151,7 @@ def prepare(
     wanted = name + (f"/{config}" if config else "") + (f":{version}" if version else "")
     try:
         builder = tfds.builder(wanted, data_dir=root)
-        choose_features(data, builder.info.features, builder.info.supervised_keys, label_column)
+        choose_features(data, builder.info.features, builder.info.supervised_keys, label_column, texts)
         url = next(iter(builder.url_infos or ()), "")  # a set that is generated, or brought by hand, has none
         if url and not reachable(url, seconds=2):
             host = urllib.parse.urlsplit(url).hostname
@@ -145,7 +171,9 @@ def prepare(
     return pathlib.Path(builder.data_dir)
 
 
-def _read_prepared(data: str, folder: pathlib.Path, label_column: str) -> list[Example]:
+def _read_prepared(
+    data: str, folder: pathlib.Path, label_column: str, texts: tuple[str, ...] = ()
+) -> list[Example] | list[TextExample]:
     import tensorflow_datasets as tfds
 
     try:
@@ -155,18 +183,42 @@ def _read_prepared(data: str, folder: pathlib.Path, label_column: str) -> list[E
         raise GraftError(
             f"--data {data}: what TFDS prepared in {folder} could not be read: {error}. Remove it and prepare it again."
         ) from error
-    image, label = choose_features(data, features, builder.info.supervised_keys, label_column)
+    inputs, label = choose_features(data, features, builder.info.supervised_keys, label_column, texts)
     splits = graft_splits(available)
     count = sum(available[split].num_examples for split in splits)
     key = set_key(
-        (file for file in folder.iterdir() if file.is_file()), builder.info.full_name, image, label, str(splits)
+        (file for file in folder.iterdir() if file.is_file()), builder.info.full_name, *inputs, label, str(splits)
     )
     name = f"tfds-{builder.info.full_name.replace('/', '-')}-{key}"
-    return write_once(name, count, lambda: _records(data, builder, image, label, splits))
+    if texts:
+        return write_texts_once(name, count, lambda: _text_records(_values(data, builder, inputs, label, splits)))
+    decoders = {inputs[0]: tfds.decode.SkipDecoding()}
+    return write_once(
+        name,
+        count,
+        lambda: (
+            Record(split, labels, image)
+            for split, labels, (image,) in _values(data, builder, inputs, label, splits, decoders)
+        ),
+    )
 
 
-def choose_features(data: str, features, supervised_keys, label_column: str) -> tuple[str, str]:
+def _text_records(values):
+    for split, labels, texts in values:
+        yield TextExample(split, labels, *(text.decode("utf-8", "replace") for text in texts))
+
+
+def choose_features(
+    data: str, features, supervised_keys, label_column: str, texts: tuple[str, ...] = ()
+) -> tuple[tuple[str, ...], str]:
     """The names of the image and of the label among TFDS features: those that the set is made for, else the only ones.
+
+    Args:
+        texts: names of text features, in place of an image; a first one called "text" may be missing where it is
+            clear which it is.
+
+    Returns:
+        The names of the image or the texts, and that of the label.
 
     Raises:
         GraftError: none, or several and nothing to choose by; lists the features that there are.
@@ -181,17 +233,26 @@ def choose_features(data: str, features, supervised_keys, label_column: str) -> 
         return isinstance(getattr(feature, "feature", feature), tfds.features.ClassLabel)
 
     features = dict(sorted(features.items()))  # TFDS gives them in changing order
-    images = [name for name, feature in features.items() if is_image(feature)]
+    inputs = [name for name, feature in features.items() if (_is_text if texts else is_image)(feature)]
     labels = [name for name, feature in features.items() if is_label(feature)]
     if label_column != "label":
         labels = [name for name in labels if name == label_column]
-    for chosen, candidates in zip(supervised_keys or (), (images, labels)):
+    named = [name for name in texts if name in inputs]
+    for chosen, candidates in zip(supervised_keys or (), (inputs, labels)):
         if chosen in candidates:
             candidates[:] = [chosen]
     listed = ", ".join(f"{name} ({_described(feature)})" for name, feature in features.items())
-    if len(images) != 1:
+    if texts:
+        inputs = named if named or texts != ("text",) else inputs
+        if len(inputs) != len(texts):
+            asked = "one text feature" if texts == ("text",) else f"text features named {' and '.join(texts)}"
+            raise GraftError(
+                f"--data {data}: expected {asked}, found {', '.join(inputs) or 'none'}. The features of this set: "
+                f"{listed}. Name them with --text-column and, for pairs, --second-column."
+            )
+    elif len(inputs) != 1:
         raise GraftError(
-            f"--data {data}: expected one image feature of 8 or 16 bits, found {', '.join(images) or 'none'}. "
+            f"--data {data}: expected one image feature of 8 or 16 bits, found {', '.join(inputs) or 'none'}. "
             f"The features of this set: {listed}. Give a set of single images, or write the images into class folders."
         )
     if len(labels) > 1 and "label" in labels:
@@ -202,7 +263,12 @@ def choose_features(data: str, features, supervised_keys, label_column: str) -> 
             f"--data {data}: expected {wanted} (ClassLabel, or a Sequence of it), found "
             f"{', '.join(labels) or 'none'}. The features of this set: {listed}. Name the label with --label-column."
         )
-    return images[0], labels[0]
+    return tuple(inputs), labels[0]
+
+
+def _is_text(feature) -> bool:
+    """Whether a TFDS feature is one string; encoded images and sound are of other shapes."""
+    return getattr(feature, "shape", None) == () and np.dtype(feature.np_dtype).kind in "OSU"
 
 
 def _described(feature) -> str:
@@ -213,8 +279,8 @@ def _described(feature) -> str:
     return f"{name}, {np.dtype(feature.np_dtype)}" if name in ("Image", "Tensor", "Scalar") else name
 
 
-def _records(data, builder, image, label, splits):
-    """Yields every image of the splits with its labels, bytes as they are stored."""
+def _values(data, builder, inputs, label, splits, decoders=None):
+    """Yields (split, labels or None, inputs) of every example of the splits, bytes as they are stored."""
     start_tensorflow(0)
     import absl.logging
     import tensorflow as tf
@@ -223,7 +289,7 @@ def _records(data, builder, image, label, splits):
     absl.logging.set_verbosity(absl.logging.ERROR)  # TFDS warns of calls of its own that it means to remove
     feature = builder.info.features[label]
     names = getattr(feature, "feature", feature)
-    decoding = tfds.decode.PartialDecoding({image: True, label: True}, {image: tfds.decode.SkipDecoding()})
+    decoding = tfds.decode.PartialDecoding(dict.fromkeys((*inputs, label), True), decoders)
     reading = tfds.ReadConfig(try_autocache=False)
     for split, graft_split in splits.items():
         try:
@@ -233,7 +299,7 @@ def _records(data, builder, image, label, splits):
                     labels = (names.int2str(int(values)),) if values >= 0 else None
                 else:
                     labels = tuple(dict.fromkeys(names.int2str(int(value)) for value in values if value >= 0))
-                yield Record(graft_split, labels, example[image])
+                yield graft_split, labels, [example[name] for name in inputs]
         except (tf.errors.OpError, ValueError) as error:
             raise GraftError(
                 f"--data {data}: the split {split} in {builder.data_dir} could not be read: {error}. "

@@ -133,7 +133,7 @@ def test_evaluate_matches_classes_by_name(run_dir, png_folder, tmp_path):
     assert "<html" in (out / "report.html").read_text()
     (external / "class0").rename(external / "zebra")
     with pytest.raises(GraftError, match="does not know the classes zebra. It knows class0, class1, class2"):
-        from pipelines.batch import evaluate_run
+        from pipelines.rescore import evaluate_run
 
         evaluate_run([str(run_dir), "--data", str(external)])
 

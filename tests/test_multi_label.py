@@ -15,13 +15,13 @@ from PIL import Image
 from sklearn import metrics
 
 from models import GraftError
-from pipelines import facts, image, runs
+from pipelines import export, facts, image, runs
 from pipelines.__main__ import main
-from pipelines.batch import EvaluateConfig, evaluate_run, labelled_files
 from pipelines.config import parse_config, read_config
 from pipelines.data import image_loader, targets_of
 from pipelines.evaluate_multi_label import bootstrap_intervals, choose_thresholds, evaluate_multi_label, sigmoid
-from pipelines.training import predictor
+from pipelines.prediction import predictor
+from pipelines.rescore import EvaluateConfig, evaluate_run, labelled_files
 from serving.session import Session
 from tests.conftest import write_png_folder
 from tests.test_report import Page
@@ -311,7 +311,7 @@ def test_export_again_keeps_the_thresholds_and_a_stopped_run_gets_them(run_dir, 
     lines = (copy / "splits.csv").read_text().splitlines()
     (copy / "splits.csv").write_text("\n".join(line for line in lines if not line.startswith("val,")) + "\n")
     with pytest.raises(GraftError, match="thresholds are chosen on the validation images.*Put them back"):
-        image.export_run([str(copy)])
+        export.export_run([str(copy)])
 
 
 def test_the_report_says_what_several_labels_need(run_dir):

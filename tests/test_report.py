@@ -9,6 +9,7 @@ import re
 
 import numpy
 import PIL.Image
+import pyarrow
 import pytest
 
 from pipelines import report
@@ -259,3 +260,70 @@ def test_durations_in_words(seconds, words):
 
 def test_no_probability_is_rounded_to_certainty():
     assert [report.probability(value) for value in (0.001, 0.984, 0.999, None)] == ["<1%", "98%", ">99%", "–"]
+
+
+def text_mistakes(*texts):
+    from pipelines.mistakes import shortened
+
+    mistakes = make_facts(with_pictures=False)["mistakes"]
+    return [{**mistakes[0], "texts": [shortened(text) for text in texts]}, *mistakes[1:]]
+
+
+def test_worst_mistakes_show_the_texts_escaped_and_shortened(tmp_path):
+    mistakes = text_mistakes("<mark>bold</mark> & שלום", "x" * 1234)
+    page = page_of(tmp_path, make_facts(kind="text", mistakes=mistakes))
+    assert "<mark>bold</mark> & שלום" in page.text and "mark" not in {tag for tag, _ in page.elements}
+    assert "x" * 400 in page.text and "x" * 401 not in page.text
+    assert "(400 of 1,234 characters)" in page.text
+    assert ("blockquote", {"dir": "auto"}) in page.elements
+
+
+def test_a_text_run_speaks_of_texts(tmp_path):
+    serving = {"folder": "serving/topics/1", "files": 200, "largest_difference": 3e-7, "target": "2.20"}
+    backbone = {"name": "minilm_l6", "parameters": 22713216, "feature_size": 384, "source": {}}
+    facts = make_facts(
+        kind="text", command="graft text", mistakes=text_mistakes("a"), serving=serving, title="topics",
+        backbone={**backbone, "preprocess": {"sequence_length": 128}}, warnings=[], data={},
+    )  # fmt: skip
+    text = page_of(tmp_path, facts).text
+    assert "Text classification with Graft" in text and "accuracy on 400 test texts" in text
+    assert "texts of up to 128 tokens" in text and "takes texts and answers labels" in text
+    assert """curl -d '{"instances": ["a text"]}' http://localhost:8501/v1/models/topics:predict""" in text
+    assert not re.search("image|picture|photo", text, re.IGNORECASE)
+    pairs = page_of(tmp_path, {**facts, "serving": {**serving, "pairs": True}}).text
+    assert """'{"instances": [{"text_a": "a text", "text_b": "its second"}]}'""" in pairs
+
+
+def test_baselines_are_bars_of_the_yardstick(tmp_path):
+    baseline = {"name": "TF-IDF with logistic regression", "metric": "accuracy", "value": 0.6789}
+    text = page_of(tmp_path, make_facts(baselines=[baseline])).text
+    assert re.search(r"TF-IDF with logistic regression 67\.9%", text)
+    other = {**baseline, "metric": "macro_f1"}  # of another figure, which no bar of these could be compared with
+    assert "TF-IDF" not in page_of(tmp_path, make_facts(baselines=[other])).text
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_worst_mistakes_of_texts(pairs):
+    from pipelines.mistakes import worst_mistakes
+
+    columns = {"id": ["a", "b", "c"], "text": ["one", "two " * 200, "three"], "label": [0, 1, 0]}
+    columns |= {"text_b": ["1", "2", "3"]} if pairs else {}
+    probabilities = numpy.array([[0.9, 0.1], [0.7, 0.3], [0.2, 0.8]], "float32")
+    mistakes = worst_mistakes(pyarrow.table(columns), probabilities, ["no", "yes"], 255, "all")
+    assert [mistake["id"] for mistake in mistakes] == ["c", "b"]
+    second = [{"text": "2", "of": None}] if pairs else []
+    assert mistakes[1]["texts"] == [{"text": "two " * 100, "of": 800}, *second]
+    hidden = worst_mistakes(pyarrow.table(columns), probabilities, ["no", "yes"], 255, "none")
+    assert [mistake["id"] for mistake in hidden] == ["c", "b"] and "three" not in str(hidden)
+    assert not any(mistake.get("texts") or mistake["path"] or mistake["picture"] for mistake in hidden)
+
+
+def test_a_model_card_of_a_text_run_speaks_of_texts():
+    from pipelines.model_card import model_card
+
+    backbone = {"name": "minilm_l6", "parameters": 22713216, "preprocess": {"sequence_length": 128}, "source": {}}
+    card = model_card(make_facts(kind="text", backbone=backbone, command="graft text", settings={"data": "topics"},
+                                 warnings=[], data={"fingerprint": "9f3a"}))  # fmt: skip
+    assert "pipeline_tag: text-classification" in card and "22,713,216 parameters, 128 tokens" in card
+    assert "classes a text belongs to: ant, bee, cat" in card and "2 were empty and left out" in card
+    assert not re.search("image|picture|pixel|camera", card)

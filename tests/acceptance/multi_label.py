@@ -101,7 +101,8 @@ def served_and_trained(run_dir: pathlib.Path):
     from pipelines.config import read_config
     from pipelines.data import image_loader
     from pipelines.evaluate_multi_label import sigmoid
-    from pipelines.training import predictor
+    from pipelines.prediction import predictor
+    from pipelines.results import thresholds_for
     from serving.session import Session
 
     config = read_config(run_dir / "config.yaml")
@@ -111,7 +112,7 @@ def served_and_trained(run_dir: pathlib.Path):
     load = image_loader(model.backbone.preprocess, state["white_level"])
     logits_of = predictor(model, tf.distribute.get_strategy(), load, config.training.batch_size)
     val, test = (runs.read_split(run_dir, name, multi_label=True) for name in ("val", "test"))
-    thresholds = image.thresholds_for(val, logits_of(val))
+    thresholds = thresholds_for(val, logits_of(val))
     version = runs.find_version(str(run_dir))
     data = [pathlib.Path(path).read_bytes() for path in test["path"].to_pylist()]
     with Session(version) as session:

@@ -1,0 +1,103 @@
+"""What follows training, for every kind of data: figures, a verified version, and the report."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import numpy as np
+
+from models import GraftError
+from pipelines import facts, runs
+from pipelines.console import console
+from pipelines.data import targets_of
+from pipelines.evaluate_multi_label import choose_thresholds
+from pipelines.mistakes import worst_mistakes
+
+VERIFIED_EXAMPLES = 200  # most test examples whose served answers are compared with training's
+
+
+def thresholds_for(val, logits: np.ndarray) -> np.ndarray:
+    """The threshold of each class, [classes] float32, that suits the validation set of a multi-label model best."""
+    return choose_thresholds(targets_of(val, logits.shape[1]), facts.probabilities_of(logits, multi_label=True))
+
+
+def score(splits, logits_of, config) -> tuple[dict, dict, np.ndarray | None]:
+    """Logits of val and test, the metrics of these, and the thresholds of a multi-label set (else None)."""
+    logits = {"val": logits_of(splits.val), "test": logits_of(splits.test)}
+    thresholds = thresholds_for(splits.val, logits["val"]) if splits.multi_label else None
+    return logits, facts.metrics_of(splits, logits, thresholds, config), thresholds
+
+
+def publish(run_dir: pathlib.Path, write, samples: dict, probabilities) -> tuple[pathlib.Path, dict]:
+    """Export to RUN/serving/NAME/NUMBER, verified on examples before it gets its number.
+
+    Args:
+        write: (folder) -> None, writes the SavedModel.
+        samples: what the served model is asked, a list of bytes, or of pairs of bytes.
+        probabilities: [n, classes] float32, training's answers for them.
+
+    Returns:
+        The version's folder, and what was checked.
+    """
+    from serving.export import publish_version
+    from serving.verify import verify
+
+    checked = {}
+
+    def check(folder):
+        checked.update(verify(folder, samples, probabilities))
+
+    with console.status("exporting and verifying the SavedModel"):
+        version = publish_version(write, run_dir / "serving" / runs.serving_name(run_dir), check)
+    return version, checked
+
+
+def write_results(run_dir, config, kind: str, splits, backbone, phases, scored, version, checked, clock, baselines=()):
+    """Write the report, the model card and, last, metrics.json: a run that has it is complete.
+
+    Args:
+        kind: "image" or "text".
+        scored: what `score` gave.
+        version, checked: what `publish` gave.
+        baselines: as `pipelines.baselines` gives them.
+
+    Returns:
+        Everything that was gathered, and the path of the report.
+    """
+    from pipelines.baselines import baseline_verdict
+    from pipelines.model_card import write_model_card
+    from pipelines.report import write_report
+
+    logits, metrics, thresholds = scored
+    probabilities = facts.probabilities_of(logits["test"], splits.multi_label)
+    gathered = facts.about_run(config, splits, backbone, phases, metrics, kind)
+    gathered |= {
+        **({"thresholds": thresholds.tolist()} if splits.multi_label else {}),
+        "mistakes": worst_mistakes(
+            splits.test, probabilities, splits.class_names, splits.white_level, config.report.report_inputs, thresholds
+        ),
+        "timings": clock.laps,
+        "serving": {"folder": str(version.relative_to(run_dir)), **checked},
+    }
+    if baselines:
+        gathered["baselines"] = list(baselines)
+        headline = metrics["test"]["headline"]
+        gathered["verdicts"] = [*gathered["verdicts"], *(baseline_verdict(headline, row) for row in baselines)]
+    report = write_report(run_dir, gathered)
+    write_model_card(run_dir, gathered)
+    runs.write_json(run_dir / "metrics.json", facts.machine_metrics(gathered))
+    return gathered, report
+
+
+def thresholds_of_run(run_dir: pathlib.Path, logits_of) -> np.ndarray:
+    """The thresholds of a multi-label run: those it ended with; of a stopped run chosen on its validation set."""
+    if (run_dir / "metrics.json").is_file():
+        return np.array(json.loads((run_dir / "metrics.json").read_text())["thresholds"], np.float32)
+    val = runs.read_split(run_dir, "val", multi_label=True)
+    if not val.num_rows:
+        raise GraftError(
+            f"{run_dir}: thresholds are chosen on the validation examples, and all of those that splits.csv lists "
+            f"are gone or changed. Put them back, or train again."
+        )
+    return thresholds_for(val, logits_of(val))

@@ -1,0 +1,183 @@
+"""Texts end to end: a pretrained backbone and labelled strings in, a verified SavedModel and a report out.
+
+    python -m pipelines.text --data reviews.csv          (the same as: graft text --data reviews.csv)
+
+Reads top to bottom: `run` is the whole story. TensorFlow is imported after the cheap checks, so that
+--help and most mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+
+from models import GraftError
+from models.names import check_backbone_name, check_depth
+from pipelines import facts, runs
+from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
+from pipelines.console import console, print_trainable_table, start_tensorflow
+from pipelines.options import TextConfig
+from pipelines.results import VERIFIED_EXAMPLES, publish, score, thresholds_of_run, write_results
+from pipelines.sources import drop_small_classes, is_multi_label
+from pipelines.texts import find_texts, load_texts
+
+RUN_BYTES = 400_000_000  # free disk that a run of a small backbone needs: two checkpoints, export, report, logs
+
+
+def main(argv: list[str]) -> int:
+    run(parse_config(argv, TextConfig, "graft text"))
+    return 0
+
+
+def run(config: TextConfig) -> pathlib.Path:
+    """Train, evaluate, export, verify and report as `config` says; returns the run folder."""
+    clock = facts.Clock()
+    found, run_dir = check_request(config)  # needs no TensorFlow: a mistake answers at once
+    console.print(f"Data: {len(found):,} texts in {config.input.data}")
+    start_tensorflow(config.training.seed)
+    from pipelines.baselines import tfidf_baseline
+    from pipelines.callbacks import ProgressPrinter, tensorboard
+    from pipelines.distribute import make_strategy
+    from pipelines.evaluate import check_positive
+    from pipelines.tokens import text_predictor, token_parts, truncation_warning
+    from pipelines.training import fit_two_phase
+
+    strategy = make_strategy(config.training.distribute, config.training.devices)
+    splits = load_texts(found, config.input.min_per_class)
+    check_positive(config.report.positive or None, config.report.specificity, splits.class_names)
+    clock.lap("data")
+
+    with strategy.scope():
+        model = build_model(config, splits.class_names, splits.multi_label)
+    preprocess = model.backbone.preprocess
+    splits.warnings += truncation_warning(splits, preprocess)
+    facts.print_splits(splits, "text")
+    clock.lap("backbone")
+
+    def test_phase(phase, logits_of):
+        """Test figures after each phase, for the report only: nothing is chosen by them."""
+        facts.add_test_figures(phase, splits, logits_of(splits.test))
+
+    with runs.explained(run_dir):
+        # Two phases: the head only, then the top blocks too.
+        runs.start_run_folder(run_dir, config, splits)
+        phases, logits_of = fit_two_phase(
+            model,
+            splits,
+            None,
+            config,
+            strategy,
+            callbacks=[ProgressPrinter(), tensorboard(run_dir)],
+            on_start=print_trainable_table,
+            on_best=lambda name, model: runs.save_checkpoint(model, run_dir, name),
+            on_end=test_phase,
+            read_inputs=lambda table: token_parts(table, preprocess),
+        )
+        clock.lap("training")
+
+        # How good it is, and what a simpler method reaches.
+        scored = score(splits, logits_of, config)
+        baseline = tfidf_baseline(splits, config.training.seed)
+        clock.lap("evaluation")
+
+        # A version for TensorFlow Serving, verified before it gets its number.
+        # What it must answer comes from the strings through the whole model, nothing from the cache.
+        predict = text_predictor(model, preprocess, config.training.batch_size)
+        samples = splits.test.slice(0, VERIFIED_EXAMPLES)
+        version, checked = publish_texts(model, splits.class_names, run_dir, samples, predict, scored[2])
+        clock.lap("export and verification")
+
+        gathered, report = write_results(
+            run_dir, config, "text", splits, model.backbone, phases, scored, version, checked, clock, [baseline]
+        )
+    facts.print_ending(gathered, run_dir, version, report)
+    return run_dir
+
+
+def check_request(config: TextConfig):
+    """What can be checked without TensorFlow; returns the texts found and the run folder to make.
+
+    Raises:
+        GraftError: an unknown backbone, no usable texts, flags that several labels per text do not go with, no place
+            for the run.
+    """
+    data = config.input
+    found = find_texts(
+        data.data, data.text_column, data.second_column, data.label_column, data.group_column, data.data_dir
+    )
+    drop_small_classes(found, data.min_per_class, "text")
+    if is_multi_label(found):
+        check_multi_label_flags(config, "text")
+    run_dir = runs.choose_run_folder(config.run.out, data.data)
+    runs.check_free_space(run_dir, RUN_BYTES)
+    check_backbone_name(config.model.backbone, "text")  # last: it may have to be downloaded
+    return found, run_dir
+
+
+def build_model(config: TextConfig, class_names: list[str], multi_label: bool = False):
+    """The classifier that `config` asks for, with its pretrained backbone; call it inside the strategy's scope."""
+    from models.backbone import ImagePreprocess, load_backbone
+    from models.classifier import Classifier
+
+    pooling = config.model.pooling
+    backbone = load_backbone(config.model.backbone, None if pooling == "auto" else pooling)
+    preprocess = backbone.preprocess
+    if isinstance(preprocess, ImagePreprocess):
+        raise GraftError(f"Backbone {config.model.backbone} takes images, not text. Give a text model.")
+    if preprocess:
+        longest = preprocess.max_length
+        if config.model.sequence_length > longest:
+            raise GraftError(
+                f"--sequence-length {config.model.sequence_length}: {backbone.name} was made for at most {longest} "
+                f"tokens. Give a number up to {longest}."
+            )
+        backbone.preprocess = dataclasses.replace(preprocess, sequence_length=config.model.sequence_length)
+    depth = depth_blocks(config.model.depth)
+    if depth:
+        check_depth(depth, backbone.name, len(backbone.blocks))
+    return Classifier(backbone, len(class_names), config.model.dropout, config.training.seed, multi_label)
+
+
+def publish_texts(model, class_names: list[str], run_dir: pathlib.Path, samples, predict, thresholds=None):
+    """Export and verify on a table of texts, as `pipelines.results.publish` does.
+
+    Args:
+        predict: a function of a table -> logits of the whole model.
+        thresholds: [classes] float32, of a multi-label model.
+    """
+    from pipelines.tokens import texts_of
+    from serving.export_text import export_text_classifier
+
+    columns = [[text.encode() for text in texts] for texts in texts_of(samples)]
+    pairs = len(columns) == 2
+
+    def write(folder):
+        details = {"backbone": model.backbone.name, "source": model.backbone.source}
+        export_text_classifier(
+            model, model.backbone.preprocess, class_names, folder, details=details, thresholds=thresholds, pairs=pairs
+        )
+
+    texts = list(zip(*columns, strict=True)) if pairs else columns[0]
+    return publish(run_dir, write, texts, facts.probabilities_of(predict(samples), model.multi_label))
+
+
+def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict]:
+    """`graft export` of a run on texts; state: what `runs.start_run_folder` noted."""
+    config = read_config(run_dir / "config.yaml", TextConfig)
+    start_tensorflow(config.training.seed)
+    from pipelines.tokens import text_predictor
+
+    class_names, multi_label = state["class_names"], state["multi_label"]
+    model = build_model(config, class_names, multi_label)
+    model.load_weights(runs.find_checkpoint(run_dir))
+    predict = text_predictor(model, model.backbone.preprocess, config.training.batch_size)
+    samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
+    thresholds = thresholds_of_run(run_dir, predict) if multi_label else None
+    return publish_texts(model, class_names, run_dir, samples, predict, thresholds)
+
+
+if __name__ == "__main__":
+    from pipelines.__main__ import guarded
+
+    sys.exit(guarded(main, sys.argv[1:]))

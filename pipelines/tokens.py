@@ -1,0 +1,87 @@
+"""Texts of a table as token ids, in parts by length: a short text is never padded to the length of a long one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import tensorflow as tf
+
+from models.backbone import TextPreprocess
+from models.classifier import Classifier
+from models.text_inputs import encoder_inputs, read_texts, token_counts, tokenize
+
+LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # tokens; longer ones: the longest that is kept
+SMALLEST_PART = 32  # texts; fewer are padded to the next longer part: each part costs a batch that is not full
+AT_ONCE = 1024  # texts per call of the tokenizer
+
+
+def texts_of(table: pa.Table) -> list[list[str]]:
+    """The texts of a table: one list, or two where its examples are pairs."""
+    return [table[name].to_pylist() for name in ("text", "text_b") if name in table.column_names]
+
+
+def token_parts(table: pa.Table, preprocess: TextPreprocess | None) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """A table in parts of about equal length: for each its rows [m], and the encoder's inputs [m, length] int32.
+
+    For a model that takes strings (preprocess None) one part: the strings [n].
+    """
+    if preprocess is None:
+        (texts,) = texts_of(table)
+        return [(np.arange(len(texts)), [np.array([text.encode() for text in texts], object)])]
+    tokens, segments = [], []
+    run = tf.function(lambda *texts: tokenize(texts[0], preprocess, *texts[1:]), reduce_retracing=True)
+    for texts in batches_of(table):
+        some, their_segments = run(*texts)
+        tokens.append(some)
+        segments.append(their_segments)
+    tokens, segments = tf.concat(tokens, 0), tf.concat(segments, 0)
+    counts = tokens.row_lengths().numpy()
+    longest = int(counts.max())
+    steps = np.array([*(length for length in LENGTHS if length < longest), longest])
+    part_of = np.searchsorted(steps, counts)
+    for part in range(len(steps) - 1):
+        if 0 < (part_of == part).sum() < SMALLEST_PART:
+            part_of[part_of == part] = part + 1
+    found = []
+    for part in np.unique(part_of):
+        rows = np.flatnonzero(part_of == part)
+        chosen = [tf.gather(values, rows) for values in (tokens, segments)]
+        arrays = encoder_inputs(*chosen, preprocess, int(steps[part]))
+        found.append((rows, [array.numpy() for array in arrays]))
+    return found
+
+
+def truncation_warning(splits, preprocess: TextPreprocess | None) -> list[str]:
+    """What to tell the user of texts that are longer than `preprocess.sequence_length`: one sentence, or none."""
+    if preprocess is None:
+        return []
+    count = tf.function(lambda *texts: token_counts(texts[0], preprocess, *texts[1:]), reduce_retracing=True)
+    counts = np.concatenate([count(*texts).numpy() for table in splits for texts in batches_of(table)])
+    longer = counts > preprocess.sequence_length
+    if not longer.any():
+        return []
+    return [
+        f"{longer.mean():.1%} of examples lose text at {preprocess.sequence_length} tokens (half of all have up to "
+        f"{np.median(counts):.0f}, the longest has {counts.max():,}). --sequence-length keeps more."
+    ]
+
+
+def text_predictor(model: Classifier, preprocess: TextPreprocess | None, batch_size: int):
+    """A function: table -> logits [n, classes] float32, from the strings through the whole model as it is served."""
+
+    @tf.function(reduce_retracing=True, autograph=False)
+    def predict(*texts):
+        return model(read_texts(texts[0], preprocess, *texts[1:]), training=False)
+
+    def logits_of(table: pa.Table) -> np.ndarray:
+        logits = [predict(*texts).numpy() for texts in batches_of(table, batch_size)]
+        return np.concatenate([np.zeros((0, model.head.units), np.float32), *logits])
+
+    return logits_of
+
+
+def batches_of(table: pa.Table, size: int = AT_ONCE):
+    """Yield the texts of a table in batches: a tuple of one or two string tensors [b]."""
+    columns = texts_of(table)
+    for start in range(0, table.num_rows, size):
+        yield tuple(tf.constant(texts[start : start + size]) for texts in columns)
