@@ -73,9 +73,8 @@ def predict(argv: list[str]) -> int:
         print_answers(rows, answers, columns[0])
     failed = sum(bool(row["error"]) for row in rows)
     if failed:
-        console.print(
-            f"[yellow]{failed:,} of {len(rows):,} {'texts' if of_texts else 'files'} have no answer; the column error says why."
-        )
+        noun = "texts" if of_texts else "files"
+        console.print(f"[yellow]{failed:,} of {len(rows):,} {noun} have no answer; the column error says why.")
     return 0
 
 
