@@ -23,7 +23,9 @@ def frozen_function(function, inputs):
     signature = [tf.TensorSpec([None, *shape], dtype) for shape, dtype in inputs]
     run = tf.function(lambda *inputs: tf.nest.flatten(function(*inputs)), input_signature=signature, autograph=False)
     weights = run.get_concrete_function().variables
-    if sum(weight.shape.num_elements() * weight.dtype.size for weight in weights) > LARGEST:
+    size = sum(weight.shape.num_elements() * weight.dtype.size for weight in weights)
+    resources = sum(tensor.dtype == tf.resource for tensor in run.get_concrete_function().captured_inputs)
+    if size > LARGEST or resources > len(weights):  # tables (of words) cannot become constants
         return run
     constant = convert_variables_to_constants_v2(run.get_concrete_function())
     # Called directly, it would spell out every input as text for an error that it then drops: 10 ms for a batch.

@@ -7,6 +7,7 @@ a host is tried for 2 s before a library is asked to download, since theirs retr
 from __future__ import annotations
 
 import ast
+import contextlib
 import functools
 import importlib.util
 import json
@@ -287,11 +288,9 @@ def reachable(url: str, seconds: float = SECONDS) -> bool:
     answers = []
 
     def connect():
-        try:
+        with contextlib.suppress(OSError):  # no such host, or nobody there: no answer
             socket.create_connection((address.hostname, port), timeout=seconds).close()
             answers.append(True)
-        except OSError:
-            pass
 
     # Looking a name up has no time limit of its own, hence a thread that may be left behind.
     thread = threading.Thread(target=connect, daemon=True)

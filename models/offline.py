@@ -257,6 +257,12 @@ def whole_or_nothing(folder):
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def free_bytes(folder: pathlib.Path) -> int:
+    """Free bytes where `folder` is, or would be."""
+    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
 def main(arguments=None) -> int:
     """`python -m models.offline fetch [NAME ...]`: one line per item with its size, licence and place."""
     known = WEIGHTS | DATA

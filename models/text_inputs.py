@@ -46,8 +46,13 @@ def encoder_inputs(tokens: tf.RaggedTensor, segments: tf.RaggedTensor, preproces
     return [*inputs, segments.to_tensor(0, shape=shape)] if preprocess.segments else inputs
 
 
-def read_texts(texts, preprocess: TextPreprocess, second=None) -> list:
-    """Texts [n] string -> `encoder_inputs` padded to the longest of the batch; what the served graph runs."""
+def read_texts(texts, preprocess: TextPreprocess | None, second=None):
+    """Texts [n] string -> `encoder_inputs` padded to the longest of the batch; what the served graph runs.
+
+    A model that takes strings (preprocess None) gets them as they are.
+    """
+    if preprocess is None:
+        return texts
     tokens, segments = tokenize(texts, preprocess, second)
     return encoder_inputs(tokens, segments, preprocess, tokens.bounding_shape(1))
 

@@ -27,6 +27,7 @@ import numpy as np
 import psutil
 
 from models import GraftError, offline
+from models.offline import free_bytes
 
 FORMAT = 2  # in the key: raise it when entries would be read wrongly
 MEMORY_SHARE = 0.25  # of the free memory: what activations may take before they are read from files
@@ -240,9 +241,3 @@ def remove_abandoned(root: pathlib.Path) -> None:
         process = folder.name.rsplit("-", 2)[1]
         if process.isdecimal() and not psutil.pid_exists(int(process)):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def free_bytes(folder: pathlib.Path) -> int:
-    """Free bytes where `folder` is, or would be."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free

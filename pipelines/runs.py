@@ -15,6 +15,7 @@ import shutil
 import pyarrow as pa
 
 from models import GraftError
+from models.offline import free_bytes
 from pipelines.config import config_yaml
 from pipelines.inspections import content_id
 from pipelines.splits import INPUT_COLUMNS, SPLIT_NAMES, labels_of
@@ -60,7 +61,7 @@ def free_name(parent: pathlib.Path, data: str) -> pathlib.Path:
 def check_free_space(folder: pathlib.Path, needed_bytes: int) -> None:
     """Raise GraftError where the disk of `folder` has less free than a run needs."""
     above = next(parent for parent in folder.absolute().parents if parent.exists())
-    free = shutil.disk_usage(above).free
+    free = free_bytes(above)
     if free < needed_bytes:
         raise GraftError(
             f"The disk of {above} is full: {free / 1e6:.0f} MB free, a run needs about {needed_bytes / 1e6:.0f} MB "

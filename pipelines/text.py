@@ -125,6 +125,11 @@ def build_model(config: TextConfig, class_names: list[str], multi_label: bool = 
     preprocess = backbone.preprocess
     if isinstance(preprocess, ImagePreprocess):
         raise GraftError(f"Backbone {config.model.backbone} takes images, not text. Give a text model.")
+    if preprocess is None and config.input.second_column:
+        raise GraftError(
+            f"--second-column {config.input.second_column}: {backbone.name} takes one string per example. Put both "
+            f"texts into one column, or give a model of another kind."
+        )
     if preprocess:
         longest = preprocess.max_length
         if config.model.sequence_length > longest:

@@ -70,8 +70,9 @@ def find_texts(
     elif files := manifest_files(data):
         found = _read_manifests(files, *columns, group_column)
     elif data in OFFLINE_TEXT_SETS and not pathlib.Path(data).exists():
-        refuse_columns(renamed, tuple(renamed), f"the offline set {data}")
-        found = _read_manifests({"": text_data_file(data)})
+        others = tuple(flag for flag in renamed if flag != "--group-column")
+        refuse_columns(renamed, others, f"the offline set {data}")
+        found = _read_manifests({"": text_data_file(data)}, group_column=group_column)
     else:
         refuse_columns(renamed, tuple(renamed), f"--data {data}")
         found = _read_folders(data)

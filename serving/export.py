@@ -23,6 +23,7 @@ import tensorflow as tf
 from models import GraftError
 from models.backbone import ImagePreprocess
 from models.inputs import decode_images, resize_image, scale_image
+from models.offline import free_bytes
 from serving.answer_checks import DETAILS_FILE, LABELS_FILE
 
 LISTED_CLASSES = 5  # `labels` and `scores` hold the best so many, or all where there are fewer
@@ -237,9 +238,3 @@ def is_disk_full(error: BaseException) -> bool:
     """Whether an error says so: Python has an errno for it, TensorFlow (several classes) only the text."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(os.strerror(code) in str(error) for code in full)
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes where `folder` is, or would be."""
-    existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    return shutil.disk_usage(existing).free

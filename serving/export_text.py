@@ -14,7 +14,7 @@ from serving.export import check_class_names, class_outputs, write_archive, writ
 
 def export_text_classifier(
     model: keras.Model,
-    preprocess: TextPreprocess,
+    preprocess: TextPreprocess | None,
     class_names: list[str],
     folder,
     details: dict | None = None,
@@ -27,6 +27,9 @@ def export_text_classifier(
     - `serving_default`: text [n] string, or with `pairs` text_a and text_b [n] string -> as in
       `export_image_classifier`; `error` is "" for every text: none is refused.
     - `features`: the same input -> features [n, d] float32; error [n] string.
+
+    Args:
+        preprocess: None where the model takes strings itself (a TF-Hub module).
 
     Tokenisation is part of the graph. `assets.extra` gets labels.txt and graft.json, as there.
     Nothing from the training set is written. Raises GraftError for a class name that is no line of text.
@@ -58,10 +61,7 @@ def export_text_classifier(
     names = ("text_a", "text_b") if pairs else ("text",)
     specs = [tf.TensorSpec([None], tf.string, name=name) for name in names]
     endpoints = {"serving_default": (serve_texts, specs), "features": (serve_features, specs)}
-    write_archive(folder, endpoints, tracked=[preprocess.tokenizer])
-    facts = {
-        field.name: getattr(preprocess, field.name)
-        for field in dataclasses.fields(preprocess)
-        if field.name != "tokenizer"
-    }
+    write_archive(folder, endpoints, tracked=[preprocess.tokenizer] if preprocess else [])
+    fields = dataclasses.fields(preprocess) if preprocess else ()
+    facts = {field.name: getattr(preprocess, field.name) for field in fields if field.name != "tokenizer"}
     write_assets(folder, model, class_names, thresholds, {**(details or {}), "preprocess": facts, "pairs": pairs})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 
@@ -88,6 +89,16 @@ def mirrored(two_logical_devices):
     from pipelines.distribute import make_strategy
 
     return make_strategy("mirrored", ("CPU:0", "CPU:1"))
+
+
+def two_phase_run(data, backbone, out: pathlib.Path) -> tuple[dict, pathlib.Path]:
+    """Train the head and the top block on images, export and verify; metrics.json and the version's folder."""
+    from pipelines import image
+    from pipelines.config import parse_config
+
+    words = ["--data", data, "--backbone", backbone, "--out", out, "--head-epochs", 2, "--fine-tune-epochs", 2]
+    run_dir = image.run(parse_config([*map(str, words), "--depth", "1"]))
+    return json.loads((run_dir / "metrics.json").read_text()), run_dir / "serving" / out.name / "1"
 
 
 @pytest.fixture(scope="session")

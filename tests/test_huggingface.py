@@ -17,6 +17,7 @@ from models.checkpoints import read_safetensors, read_torch
 from models.classifier import Classifier
 from models.huggingface import load_huggingface_folder
 from models.huggingface_preprocess import timm_preprocess, transformers_preprocess
+from tests.conftest import two_phase_run
 
 FIXTURES = pathlib.Path(__file__).parent / "fixtures" / "huggingface"
 INPUT_SIZES = {"vit": (32, 32), "timm_vit": (32, 32), "resnet": (61, 64), "timm_resnet": (97, 64)}
@@ -448,14 +449,7 @@ def test_a_wrong_folder_answers_without_tensorflow(tmp_path):
     ],
 )
 def test_a_folder_trains_exports_and_verifies(name, form, png_folder, tmp_path):
-    from pipelines import image
-    from pipelines.config import parse_config
-
-    folder = folder_as(form, name, tmp_path / "model")
-    words = ["--data", png_folder, "--backbone", folder, "--out", tmp_path / "run"]
-    words += ["--head-epochs", 2, "--fine-tune-epochs", 2, "--depth", 1]
-    run_dir = image.run(parse_config([str(word) for word in words]))
-    metrics = json.loads((run_dir / "metrics.json").read_text())
+    metrics, version = two_phase_run(png_folder, folder_as(form, name, tmp_path / "model"), tmp_path / "run")
     assert [phase["name"] for phase in metrics["phases"]] == ["head", "fine_tune"]
     assert metrics["phases"][1]["trainable_parameters"] > metrics["phases"][0]["trainable_parameters"]
-    assert (run_dir / "serving" / "run" / "1" / "saved_model.pb").is_file()
+    assert (version / "saved_model.pb").is_file()

@@ -12,6 +12,7 @@ from models import GraftError, freezing, inputs
 from models.backbone import load_backbone
 from models.blocks import BLOCK_PATTERNS, blocks_by_name
 from models.classifier import Classifier, run_encoder
+from tests.conftest import two_phase_run
 from tests.tiny_presets import resnet_backbone, save
 
 # Fixture of each family's preset: block names bottom to top, and layers that top the last unit.
@@ -197,16 +198,9 @@ def test_an_image_model_that_gives_no_single_feature_map_says_so(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["tiny_resnet_preset", "tiny_vit_preset", "tiny_mobilenet_preset"])
 def test_both_phases_export_and_verification(preset, request, png_folder, tmp_path):
-    from pipelines import image
-    from pipelines.config import parse_config
-
-    words = ["--data", png_folder, "--backbone", request.getfixturevalue(preset), "--out", tmp_path / "run"]
-    words += ["--head-epochs", 2, "--fine-tune-epochs", 2, "--depth", 1]
-    run_dir = image.run(parse_config([str(word) for word in words]))
-    metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert [phase["name"] for phase in metrics["phases"]] == ["head", "fine_tune"]
+    metrics, version = two_phase_run(png_folder, request.getfixturevalue(preset), tmp_path / "run")
     assert metrics["phases"][1]["trainable_parameters"] > metrics["phases"][0]["trainable_parameters"]
-    assert (run_dir / "serving" / "run" / "1" / "saved_model.pb").is_file()
+    assert metrics["phases"][1]["weights"]["still"] == 0 and (version / "saved_model.pb").is_file()
 
 
 def test_older_names_in_a_converter_are_understood(tiny_preset, tmp_path):

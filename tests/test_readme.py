@@ -1,5 +1,6 @@
 """README: `bash` fences run, in order, in one folder; `console` fences name commands, flags and paths that exist."""
 
+import csv
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import sys
 import pytest
 
 from models import offline
+from models.offline_texts import text_data_file
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -21,7 +23,7 @@ def fences(language):
 
 @pytest.mark.slow
 def test_bash_fences_run(tmp_path):
-    """With a folder photos/ of three classes, as a reader would have it."""
+    """With a folder photos/ of three classes and a table reviews.csv, as a reader would have them."""
     tiles = offline.image_data_folder("textures") / "train"
     for label in ("brick", "grass", "moon"):
         for path in sorted((tiles / label).iterdir())[:12]:
@@ -29,6 +31,10 @@ def test_bash_fences_run(tmp_path):
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, target)
     shutil.copytree(tmp_path / "photos", tmp_path / "clinic-b")
+    rows = csv.DictReader(text_data_file("topics").open(encoding="utf-8"))
+    with open(tmp_path / "reviews.csv", "w", newline="", encoding="utf-8") as file:
+        kept = [(row["text"], row["label"]) for row in rows if row["label"] in ("literature", "science")]
+        csv.writer(file).writerows([("text", "label"), *kept])
     assert fences("bash")
     script = "set -euo pipefail\n" + "\n".join(fences("bash"))
     environment = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -42,13 +48,13 @@ def test_console_fences_name_what_exists():
     text = "\n".join(fences("console"))
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test"} <= set(re.findall(r"make (\w+)", text)) <= targets
-    helps = subprocess.run(
-        [sys.executable, "-m", "pipelines", "image", "--help"], capture_output=True, text=True, cwd=ROOT
-    )
-    for line in text.splitlines():
-        if "graft image" in line:
-            for flag in re.findall(r"--[a-z-]+", line):
-                assert flag in helps.stdout, f"{flag} in: {line}"
+    for command in ("image", "text"):
+        words = [sys.executable, "-m", "pipelines", command, "--help"]
+        shown = subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout
+        for line in text.splitlines():
+            if f"graft {command}" in line:
+                for flag in re.findall(r"--[a-z-]+", line):
+                    assert flag in shown, f"{flag} in: {line}"
 
 
 def test_every_file_that_readme_links_to_exists():

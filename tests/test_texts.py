@@ -192,8 +192,8 @@ def test_topics():
         offline_texts.text_data_file("news")
 
 
-def test_topics_splits_keep_conversations_whole():
-    found = find_texts("topics")
+def test_topics_splits_keep_conversations_whole_where_asked():
+    found = find_texts("topics", group_column="conversation")
     splits, conversation_of = load_texts(found), {example.text: example.group for example in found}
     assert sum(table.num_rows for table in splits) == 1180
     groups = [{conversation_of[text] for text in table["text"].to_pylist()} for table in splits]

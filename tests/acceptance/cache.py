@@ -17,7 +17,6 @@ import time
 from tests.acceptance import tools
 from tests.acceptance.tools import PYTHON, ROOT, graft, own_cache
 
-
 RESULTS = pathlib.Path(__file__).with_name("benchmarks.json")  # what tests/benchmarks/picture.py draws
 
 

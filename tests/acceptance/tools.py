@@ -38,13 +38,13 @@ def tests(what: str, *words):
     return (what, done.stdout.strip().splitlines()[-1], "passed", done.returncode == 0)
 
 
-def mistakes(number: str, place: pathlib.Path, cases: dict, **environment):
+def mistakes(number: str, place: pathlib.Path, cases: dict, command: str = "image", **environment):
     """Rows for commands that must end with exit 2 and one message, within 5 s, and write nothing below `place`."""
     rows = []
     before = sorted(place.rglob("*"))
     for name, words in cases.items():
         extra = () if "--out" in words else ("--out", place / "run")
-        done, seconds = graft("image", *words, *extra, **environment)
+        done, seconds = graft(command, *words, *extra, **environment)
         message = done.stderr.strip().replace(str(place), "...").replace(str(pathlib.Path.home()), "~")
         clean = done.returncode == 2 and "Traceback" not in message and sorted(place.rglob("*")) == before
         rows.append(
