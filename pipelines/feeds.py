@@ -59,6 +59,7 @@ class Feeds:
         self.crossings = {}  # cut -> a list of Activations, one per part, or None
         self.views = {}  # (cut, view) -> Activations
         self.prefixes, self.steps = {}, {}  # made once: building and tracing take seconds
+        self.collected = None  # pooled features of a pass that computes what crosses a cut, batch by batch
         memory = self.options.cache_memory * 1e9 or cache.MEMORY_SHARE * psutil.virtual_memory().available
         self.memory_left = memory
         # Weights as they are now: phase 2 changes those above its cut, and asks for further views afterwards.
@@ -145,10 +146,18 @@ class Feeds:
     # ---------------------------------------------------------------- what is computed once
 
     def pooled_features(self, cut: int) -> Activations | None:
-        """Pooled features of all examples; made from the tensors at the cut where phase 2 needs those anyway."""
+        """Pooled features of all examples; made with the tensors at the cut, or from them, where phase 2 needs those."""
+        lengths = [arrays[0].shape[1:] for arrays in self.inputs or []]
+        key = self.key("features", self.examples, self.model.backbone.pooling, lengths)
+        count, size = self.examples.num_rows, 4 * self.model.backbone.feature_size
+        if count * size < self.memory_left and not self.is_kept(key):
+            self.collected = []
         crossing = self.crossing_of_all(cut) if cut else None
+        collected, self.collected = self.collected or [], None
 
         def compute():
+            if sum(map(len, collected)) == count:
+                return ([features] for features in collected)
             encoder = self.model.encoder
             if crossing is not None:
                 _, encoder = split(self.model.backbone, cut)
@@ -159,9 +168,7 @@ class Feeds:
                 batches = dataset(self.examples, self.load(), **self.common)
             return self.run("features", encoder, batches, lambda x: self.model.features(x, False, encoder))
 
-        lengths = [arrays[0].shape[1:] for arrays in self.inputs or []]
-        key = self.key("features", self.examples, self.model.backbone.pooling, lengths)
-        found = self.kept(key, self.examples.num_rows, compute)
+        found = self.kept(key, count, compute)
         self.say("features", [found])
         return found
 
@@ -196,9 +203,22 @@ class Feeds:
             if batches is None:
                 rows = np.arange(table.num_rows)
                 batches = cached_dataset(table, [arrays], np.zeros_like(rows), rows, **self.common)
-            return self.run(f"blocks {lower or 0} to {cut}", part, batches)
+            what = f"blocks {lower or 0} to {cut}"
+            return self.run(what, part, batches) if self.collected is None else self.run_on(what, part, batches, cut)
 
         return self.kept(self.crossing_key(cut, number), table.num_rows, compute)
+
+    def run_on(self, what: str, part: keras.Model, batches, cut: int):
+        """As `run` for what ends at a cut, and on to the pooled features, which are collected on the way."""
+        _, suffix = split(self.model.backbone, cut)
+
+        def function(inputs):
+            tensors = tf.nest.flatten(run_encoder(part, inputs, training=False))
+            return [*tensors, self.model.features(unwrapped(tensors), False, suffix)]
+
+        for *tensors, features in self.run(f"{what} and features", part, batches, function):
+            self.collected.append(features)
+            yield tensors
 
     def lower_crossing(self, cut: int, number: int):
         """The next lower cut at which an earlier run has left a part's tensors, and these; (None, None) without."""
@@ -243,6 +263,10 @@ class Feeds:
 
     def crossing_key(self, cut: int, number: int) -> str:
         return self.key(cut, self.part(number), *([self.inputs[number][0].shape[1:]] if self.inputs else []))
+
+    def is_kept(self, key: str) -> bool:
+        """Whether an earlier run has left an entry."""
+        return self.root() is not None and (self.root() / key / "entry.json").is_file()
 
     def kept(self, key: str, count: int, compute) -> Activations | None:
         """What the cache has or keeps under a key, within what is left of the memory."""
@@ -304,7 +328,7 @@ class Feeds:
                 bar.advance(task)
 
 
-def unwrapped(inputs: tuple):
+def unwrapped(inputs):
     """Inputs of a call as the encoder takes them: a single tensor as it is, several in a list."""
     return inputs[0] if len(inputs) == 1 else list(inputs)
 

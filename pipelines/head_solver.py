@@ -46,7 +46,7 @@ def solve_head(features, targets, weights, val_features, val_targets, multi_labe
     train = scaled_chunks(features, mean, deviation, targets, share)
     val = scaled_chunks(val_features, mean, deviation, val_targets, np.ones(len(val_targets), np.float32))
     losses_of = head_losses(shape, multi_label, label_smoothing)
-    figures_of = head_losses(shape, multi_label)
+    figures_of = head_losses(shape, multi_label) if label_smoothing else losses_of
 
     def objective(flat, l2):
         parameters = flat.reshape(shape)

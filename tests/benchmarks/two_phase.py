@@ -24,17 +24,17 @@ import numpy as np
 from tests.acceptance.tools import PYTHON, ROOT, own_cache
 from tests.benchmarks.picture import save_result
 
-IMAGES, TEST_IMAGES, SIDE, BATCH, HEAD_EPOCHS, FINE_TUNE_EPOCHS, DEPTH = 4000, 1000, 96, 32, 10, 5, 2
+IMAGES, SIDE, BATCH, HEAD_EPOCHS, FINE_TUNE_EPOCHS, DEPTH = 4000, 96, 32, 10, 5, 2
 
 
-def chosen_tiles(seed: int):
-    """The examples of a seed: 3,000 to train and validate with, 1,000 to test with."""
+def chosen_tiles(seed: int, images: int = IMAGES):
+    """The examples of a seed: three quarters to train and validate with, a quarter to test with."""
     from models import offline
     from pipelines.sources import find_images
 
     found = find_images(str(offline.image_data_folder("textures", stride=24)))
     random, chosen = np.random.default_rng(seed), []
-    for split, count in (("train", IMAGES - TEST_IMAGES), ("test", TEST_IMAGES)):
+    for split, count in (("train", images - images // 4), ("test", images // 4)):
         part = [example for example in found if example.split == split]
         chosen += [part[i] for i in sorted(random.choice(len(part), min(count, len(part)), replace=False))]
     return chosen
@@ -72,6 +72,7 @@ def graft_side(
     label_smoothing: float = 0.0,
     name: str = "efficientnet_lite0",
     side: int = SIDE,
+    images: int = IMAGES,
 ) -> dict:
     import tensorflow as tf
 
@@ -81,7 +82,7 @@ def graft_side(
     from pipelines.training import fit_two_phase
 
     tf.keras.utils.set_random_seed(seed)
-    found, (backbone, classifier) = chosen_tiles(seed), build(seed, name, side)
+    found, (backbone, classifier) = chosen_tiles(seed, images), build(seed, name, side)
     config = ImageConfig()
     config.training.seed, config.training.batch_size, config.training.patience = seed, BATCH, 99
     config.training.label_smoothing = label_smoothing
@@ -106,14 +107,14 @@ def graft_side(
     return {"phase_1": marks[0], "total": time.perf_counter() - started, "accuracy": accuracy}
 
 
-def plain_side(seed: int, name: str = "efficientnet_lite0") -> dict:
+def plain_side(seed: int, name: str = "efficientnet_lite0", images: int = IMAGES) -> dict:
     import keras
     import tensorflow as tf
 
     from pipelines.data import image_loader, load_images
 
     keras.utils.set_random_seed(seed)
-    found, (backbone, _) = chosen_tiles(seed), build(seed, name)
+    found, (backbone, _) = chosen_tiles(seed, images), build(seed, name)
     splits = load_images(found)  # the same splits; its time is not the plain loop's
     load = image_loader(backbone.preprocess, splits.white_level, plain=splits.plain)
 
@@ -152,15 +153,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=3, help="runs of each side, with seeds 0, 1, ...")
     parser.add_argument("--backbone", choices=["efficientnet_lite0", "vit"], default="efficientnet_lite0")
+    parser.add_argument("--images", type=int, default=IMAGES)
     parser.add_argument("--json", help="file to which the result is added")
     parser.add_argument("--side", choices=["graft", "plain"], help=argparse.SUPPRESS)
     parser.add_argument("--seed", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
         if options.side == "graft":
-            print(json.dumps(graft_side(options.seed, name=options.backbone)))
+            print(json.dumps(graft_side(options.seed, name=options.backbone, images=options.images)))
         else:
-            print(json.dumps(plain_side(options.seed, options.backbone)))
+            print(json.dumps(plain_side(options.seed, options.backbone, options.images)))
         return 0
     results = {"graft": [], "plain": []}
     print("side    seed   phase 1   both phases   test accuracy")
@@ -168,7 +170,7 @@ def main() -> int:
         for side in ("graft", "plain") if seed % 2 == 0 else ("plain", "graft"):
             with tempfile.TemporaryDirectory() as cache:
                 command = [PYTHON, "-m", "tests.benchmarks.two_phase", "--side", side, "--seed", str(seed)]
-                command += ["--backbone", options.backbone]
+                command += ["--backbone", options.backbone, "--images", str(options.images)]
                 environment = own_cache(pathlib.Path(cache))
                 done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
