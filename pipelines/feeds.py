@@ -146,7 +146,7 @@ class Feeds:
     # ---------------------------------------------------------------- what is computed once
 
     def pooled_features(self, cut: int) -> Activations | None:
-        """Pooled features of all examples; made with the tensors at the cut, or from them, where phase 2 needs those."""
+        """Pooled features of all examples; made with the tensors at the cut, or from them, if phase 2 needs those."""
         lengths = [arrays[0].shape[1:] for arrays in self.inputs or []]
         key = self.key("features", self.examples, self.model.backbone.pooling, lengths)
         count, size = self.examples.num_rows, 4 * self.model.backbone.feature_size
