@@ -137,7 +137,16 @@ def resize_image(image, preprocess: ImagePreprocess):
 def scale_image(image, preprocess: ImagePreprocess):
     """RGB pixels [..., 3] in 0 to 255 -> (pixel - mean) / deviation in `channel_order`, float32."""
     mean, deviation = np.float32(preprocess.mean), np.float32(preprocess.deviation)
-    scaled = (tf.cast(image, tf.float32) - mean) / deviation
+    image = tf.cast(image, tf.float32)
+    shape = image.shape
+    if shape.rank in (3, 4) and shape[1:].is_fully_defined():
+        width = shape[-2]
+        # Three values are spread over the last axis one by one, which takes as long as decoding; whole rows in vectors.
+        rows = tf.reshape(image, [-1, *shape[1:-2], 3 * width])
+        scaled = (rows - np.tile(mean, width)) / np.tile(deviation, width)
+        scaled = tf.ensure_shape(tf.reshape(scaled, [-1, *shape[1:]]), shape)
+    else:
+        scaled = (image - mean) / deviation
     return scaled[..., ::-1] if preprocess.channel_order == "bgr" else scaled
 
 

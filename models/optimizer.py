@@ -28,14 +28,14 @@ def block_multipliers(model: Classifier) -> dict[str, float]:
 def weight_rules(model: Classifier) -> dict[int, tuple[float, bool]]:
     """id(weight) -> (multiplier, takes weight decay) for every weight of the model.
 
-    By layer object, not by path: paths repeat in some families. Only matrices and kernels decay;
-    biases, norms and other vectors (rank below 2) do not.
+    By layer object, not by path: paths repeat in some families. Only matrices and kernels decay; norms, whatever
+    their names, and other vectors do not, nor do biases, which in attention have a row per head.
     """
     rates = block_multipliers(model)
     rules = {}
     for name, weights in [(b.name, b.weights) for b in model.blocks] + [("head", model.head.weights)]:
         for weight in weights:
-            rules[id(weight)] = (rates[name], len(weight.shape) > 1)
+            rules[id(weight)] = (rates[name], len(weight.shape) > 1 and weight.name != "bias")
     return rules
 
 

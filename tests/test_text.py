@@ -207,6 +207,20 @@ def test_a_module_that_takes_strings(data, tmp_path):
         assert session.run("serving_default", {"text": [b"the red", b""]})["labels"].shape == (2, 3)
 
 
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_neither_biases_nor_norms_decay(family, tmp_path):
+    """Attention's biases have a row per head; T5 and Llama call the weights of their norms otherwise."""
+    from models.backbone import load_backbone
+    from models.classifier import Classifier
+    from models.optimizer import weight_rules
+
+    model = Classifier(load_backbone(str(write(family, tmp_path / family))), 3)
+    rules = weight_rules(model)
+    still = {weight.path for weight in model.encoder.weights if not rules[id(weight)][1]}
+    expected = {w.path for w in model.encoder.weights if w.path.endswith("bias") or "norm" in w.path}
+    assert still == expected and len(still) >= 7
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [*MODELS, "biobert", "finbert"])
 def test_every_family_trains_both_phases_and_is_verified(family, data, tmp_path):

@@ -1,0 +1,153 @@
+"""The server's own files: models.config with its labels, batching_params.pbtxt, monitoring.config.
+
+Written and read as text-format protos by the server's own message classes (tensorflow-serving-api), which are
+loaded without TensorFlow.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import secrets
+from pathlib import Path
+
+from google.protobuf import text_format
+
+from models import GraftError
+from serving.runtime import import_protos
+
+MODELS_FILE = "models.config"  # in the folder that holds the models' folders
+MONITORING_FILE = "monitoring.config"
+BATCHING_FILE = "batching_params.pbtxt"  # in a version's folder, for --enable_per_model_batching_parameters
+ALLOWED_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+BATCH_TIMEOUT_MICROS = 1000  # how long a request waits for company
+MAX_ENQUEUED_BATCHES = 100  # more is refused as unavailable
+METRICS_PATH = "/monitoring/prometheus/metrics"  # on the REST port
+STABLE, CANARY = "stable", "canary"
+LABELS = (STABLE, CANARY)
+NAME_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+
+
+def check_name(name: str) -> str:
+    """A model's name, which is a folder's and part of a URL; raises GraftError for one that cannot be."""
+    if not re.fullmatch(NAME_PATTERN, name):
+        raise GraftError(
+            f"model name {name!r}: it is part of a URL and names a folder. Use letters, digits, - _ and ., "
+            f"the first one no dot"
+        )
+    return name
+
+
+def batching_parameters(sizes=ALLOWED_BATCH_SIZES, timeout_micros=BATCH_TIMEOUT_MICROS):
+    """How requests are joined to batches, as the server's proto. The number of threads is left to the server.
+
+    sizes: allowed batch sizes, increasing; a batch is padded to the next one. Raises GraftError where they are not.
+    """
+    sizes = list(sizes)
+    if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1:
+        raise GraftError(f"batch sizes {sizes}: expected increasing numbers from 1 on, such as 1 2 4 8")
+    parameters = message("BatchingParameters")
+    parameters.max_batch_size.value = sizes[-1]  # must equal the last one, or the server refuses to load
+    parameters.batch_timeout_micros.value = timeout_micros
+    parameters.max_enqueued_batches.value = MAX_ENQUEUED_BATCHES
+    parameters.allowed_batch_sizes.extend(sizes)
+    return parameters
+
+
+def monitoring_config(path: str = METRICS_PATH):
+    """Metrics for Prometheus at `path` of the REST port, as the server's proto."""
+    config = message("MonitoringConfig")
+    config.prometheus_config.enable = True
+    config.prometheus_config.path = path
+    return config
+
+
+def find_model(models, name: str):
+    """The entry of a model in the proto of models.config; None where it has none."""
+    return next((model for model in models.model_config_list.config if model.name == name), None)
+
+
+def set_labels(models, name: str, base_path: str, labels: dict[str, int]) -> None:
+    """Serve exactly the versions that `labels` {label: version} names, under these labels; other models stay.
+
+    A model that the proto lacks is added, its folder being `base_path`, absolute, as the server sees it.
+    """
+    model = find_model(models, name)
+    if model is None:
+        if not base_path.startswith("/"):
+            raise GraftError(f"base path {base_path!r} of model {name}: the server takes absolute paths only")
+        model = models.model_config_list.config.add(name=name, base_path=base_path, model_platform="tensorflow")
+    model.model_version_policy.Clear()
+    model.model_version_policy.specific.versions.extend(sorted(set(labels.values())))
+    model.version_labels.clear()
+    model.version_labels.update(labels)
+
+
+def chosen_versions(model, versions: list[int]) -> set[int]:
+    """Of `versions` those that the server loads for an entry of models.config; None: for no entry, the newest."""
+    policy = None if model is None else model.model_version_policy
+    if policy is not None and policy.HasField("specific"):
+        return set(policy.specific.versions) & set(versions)
+    if policy is not None and policy.HasField("all"):
+        return set(versions)
+    count = max(policy.latest.num_versions, 1) if policy is not None else 1
+    return set(sorted(versions)[-count:])
+
+
+def is_pinned(model) -> bool:
+    """Whether models.config, and not the newest number, decides which version of a model is served."""
+    return model is not None and model.model_version_policy.HasField("specific")
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """One writer at a time of the server's files in `folder`, across processes of one machine."""
+    with open(Path(folder) / ".config.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def write_config(path, content) -> None:
+    """Write a proto as text, whole or not at all: the server may read it at any moment."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text_format.MessageToString(content, as_utf8=True))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_config(path, kind: str):
+    """Read a text-format file as a message of the server, such as "ModelServerConfig".
+
+    Raises GraftError where the server could not read it either.
+    """
+    try:
+        return text_format.Parse(Path(path).read_text("utf-8"), message(kind))
+    except (OSError, UnicodeDecodeError, text_format.ParseError) as error:
+        raise GraftError(f"{path}: cannot be read as the server's {kind} ({error}). Correct or remove it") from error
+
+
+def read_models(repository):
+    """models.config of a repository; an empty one where there is none."""
+    path = Path(repository) / MODELS_FILE
+    return read_config(path, "ModelServerConfig") if path.exists() else message("ModelServerConfig")
+
+
+def message(kind: str):
+    """A new message of the server's protos."""
+    (module,) = import_protos(MESSAGES[kind])
+    return getattr(module, kind)()
+
+
+MESSAGES = {  # message -> the module that defines it
+    "ModelServerConfig": "tensorflow_serving.config.model_server_config_pb2",
+    "MonitoringConfig": "tensorflow_serving.config.monitoring_config_pb2",
+    "BatchingParameters": "tensorflow_serving.servables.tensorflow.session_bundle_config_pb2",
+}
