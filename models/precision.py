@@ -24,7 +24,8 @@ def set_precision(model: Classifier, precision: str) -> None:
     """
     policy = keras.DTypePolicy(POLICIES[precision])
     for layer in model.encoder._flatten_layers():
-        if layer.autocast:
+        # Two kinds of Keras's own layers say autocast=False although they follow their policy.
+        if layer.autocast or isinstance(layer, (keras.layers.LayerNormalization, keras.layers.Embedding)):
             layer.dtype_policy = policy
 
 

@@ -29,7 +29,7 @@ import psutil
 from models import GraftError, offline
 from models.offline import free_bytes
 
-FORMAT = 2  # in the key: raise it when entries would be read wrongly
+FORMAT = 3  # in the key: raise it when entries would be read wrongly
 MEMORY_SHARE = 0.25  # of the free memory: what activations may take before they are read from files
 DISK_SHARE = 0.5  # of the free disk: what one entry may take
 
@@ -141,7 +141,7 @@ def activations(
     Args:
         root: folder of entries; None keeps everything in memory.
         count: examples, and rows of each array.
-        compute: gives the rows in order, batch by batch: one array [b, ...] float32 per tensor. A tensor that all
+        compute: gives the rows in order, batch by batch: one array [b, ...] per tensor. A tensor that all
             examples share has one row in the first batch, and none in the others.
         memory_bytes: what may be held in memory (None: a quarter of what is free now).
 
@@ -160,9 +160,10 @@ def activations(
     first = next(batches)
     rows = max(len(array) for array in first)
     shapes = [(count if len(array) == rows else len(array), *array.shape[1:]) for array in first]
-    size = sum(4 * math.prod(shape) for shape in shapes)
+    dtypes = [array.dtype for array in first]
+    size = sum(dtype.itemsize * math.prod(shape) for shape, dtype in zip(shapes, dtypes))
     written = root is not None and size <= DISK_SHARE * free_bytes(root)
-    if written and write_entry(root / key, shapes, itertools.chain([first], batches)):
+    if written and write_entry(root / key, shapes, dtypes, itertools.chain([first], batches)):
         arrays = open_entry(root / key, count, memory_bytes)
         return Activations(arrays, str(root / key), False, time.perf_counter() - started)
     if size > memory_bytes:
@@ -170,7 +171,7 @@ def activations(
     if written:  # the disk filled up meanwhile, and took the rows with it
         batches = compute()
         first = next(batches)
-    arrays, place = [np.empty(shape, np.float32) for shape in shapes], 0
+    arrays, place = [np.empty(shape, dtype) for shape, dtype in zip(shapes, dtypes)], 0
     for batch in itertools.chain([first], batches):
         for array, rows in zip(arrays, batch, strict=True):
             array[place : place + len(rows)] = rows
@@ -197,7 +198,7 @@ def open_entry(folder: pathlib.Path, count: int, memory_bytes: float) -> list | 
     return arrays
 
 
-def write_entry(folder: pathlib.Path, shapes: list[tuple[int, ...]], batches) -> bool:
+def write_entry(folder: pathlib.Path, shapes: list[tuple[int, ...]], dtypes: list[np.dtype], batches) -> bool:
     """Write the arrays of an entry and put it in its place; False where the disk refuses it.
 
     Raises:
@@ -216,11 +217,12 @@ def write_entry(folder: pathlib.Path, shapes: list[tuple[int, ...]], batches) ->
         temporary.mkdir()
         with contextlib.ExitStack() as stack:
             files = [stack.enter_context(open(temporary / name, "wb")) for name in [*names, "entry.json"]]
-            for file, shape in zip(files, shapes):
-                np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+            for file, shape, dtype in zip(files, shapes, dtypes):
+                header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
             for batch in batches:
                 for file, values in zip(files, batch):
-                    file.write(np.ascontiguousarray(values, np.float32).data)
+                    file.write(np.ascontiguousarray(values).data)
             files[-1].write(json.dumps({"files": names}).encode())
             for file in files:
                 file.flush()

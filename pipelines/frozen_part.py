@@ -24,9 +24,13 @@ from pipelines.steps import gathered
 class FrozenPart:
     """What all sets of examples share: the model as it was loaded, the cache, and steps that were traced."""
 
-    def __init__(self, model: Classifier, white_level: int, options, batch: dict, seed: int, strategy):
-        """options: `pipelines.options.CacheOptions`; batch: class_count and batch_size of every data set."""
+    def __init__(self, model: Classifier, white_level: int, loader, read_inputs, options, batch: dict, seed, strategy):
+        """options: `pipelines.options.CacheOptions`; batch: class_count and batch_size of every data set.
+
+        loader and read_inputs as for `pipelines.training.fit_two_phase`.
+        """
         self.model, self.white_level, self.options = model, white_level, options
+        self.loader, self.read_inputs = loader, read_inputs
         self.batch, self.seed, self.strategy = batch, seed, strategy
         self.prefixes, self.steps = {}, {}  # made once: building and tracing take seconds
         memory = options.cache_memory * 1e9 or cache.MEMORY_SHARE * psutil.virtual_memory().available
@@ -55,9 +59,11 @@ class FrozenPart:
         """Whether an earlier run has left an entry."""
         return self.root() is not None and (self.root() / key / "entry.json").is_file()
 
-    def kept(self, key: str, count: int, compute) -> Activations | None:
-        """What the cache has or keeps under a key, within what is left of the memory."""
+    def kept(self, key: str, count: int, compute, needed: bool = False) -> Activations | None:
+        """What the cache has or keeps under a key, within what is left of the memory, or beyond it where `needed`."""
         found = cache.activations(self.root(), key, count, compute, self.memory_left)
+        if found is None and needed:
+            found = cache.activations(None, key, count, compute, np.inf)
         if found and found.in_memory:
             self.memory_left -= found.nbytes
         return found
@@ -74,8 +80,13 @@ class FrozenPart:
         did = "found in the cache" if all(part.found for part in parts) else f"computed in {seconds:.0f} s"
         console.print(f"  {name}: {did} ({size})")
 
-    def view(self, cut: int, view: int, table: pa.Table, load, *changes) -> Activations | None:
+    def load(self, augmentation="none", random_erasing=0.0):
+        """The loader's function for these changes; loaders of other kinds of data know no random erasing."""
+        return self.loader(augmentation, **({"random_erasing": random_erasing} if random_erasing else {}))
+
+    def view(self, cut: int, view: int, table: pa.Table, *changes) -> Activations | None:
         """The tensors at a cut of one view of a table's examples, in its order."""
+        load = self.load(*changes)
 
         def compute():
             batches = dataset(table, load, view=view, seed=self.seed, **self.batch)
@@ -111,13 +122,9 @@ class FrozenPart:
     def frozen_step(self, part: keras.Model, batches, function):
         """A function of a distributed batch -> (outputs, rows), with the weights as they are now."""
         if self.strategy.num_replicas_in_sync == 1:
-            specs = tf.nest.flatten(batches.element_spec[0])
-            # Where the encoder leaves a size open and examples differ in it, one graph serves all of them.
-            shapes = [spec.shape[1:] if spec.dtype == tf.float32 else tensor.shape[1:] for spec, tensor in
-                      zip(specs, part.inputs, strict=True)]  # fmt: skip
-            if any(spec.dtype != tf.float32 for spec in specs) or self.batch.get("lengths_differ"):
-                shapes = [tensor.shape[1:] for tensor in part.inputs]
-            frozen = frozen_function(function, [(shape, spec.dtype) for shape, spec in zip(shapes, specs)])
+            # Of texts the length is open, as in the encoder's own input: one graph for all parts.
+            specs = part.inputs if self.read_inputs else tf.nest.flatten(batches.element_spec[0])
+            frozen = frozen_function(function, [(spec.shape[1:], spec.dtype) for spec in specs])
             return lambda batch: (frozen(*tf.nest.flatten(batch[0])), batch[-1])
 
         @tf.function(autograph=False)
@@ -128,3 +135,145 @@ class FrozenPart:
             return self.strategy.run(on_replica, args=batch)
 
         return step
+
+
+class Examples:
+    """Some of the splits, and what the frozen part gives for their examples, computed when it is asked for."""
+
+    def __init__(self, frozen: FrozenPart, name: str, tables: list[pa.Table], needed: bool = False):
+        """name: what the user is told of them; needed: their features are held even where no memory is left."""
+        self.frozen, self.name, self.needed = frozen, name, needed
+        # Every example once, by content: equal examples give equal numbers. They lie part after part.
+        everything = pa.concat_tables(tables)
+        self.ids, first = np.unique(everything["id"].to_numpy(), return_index=True)
+        examples = everything.take(first)
+        parts = frozen.read_inputs(examples) if frozen.read_inputs else [(np.arange(len(first)), None)]
+        order = np.concatenate([rows for rows, _ in parts])
+        self.table, self.place_of = examples.take(order), np.argsort(order)
+        self.starts = np.cumsum([0, *(len(rows) for rows, _ in parts)])
+        self.inputs = [arrays for _, arrays in parts] if frozen.read_inputs else None
+        self.known = {}  # "features" or the number of a cut -> what was computed, or None
+        self.collected = None  # pooled features of a pass that computes what crosses a cut, batch by batch
+
+    def holds(self, table: pa.Table) -> bool:
+        return bool(np.isin(table["id"].to_numpy(), self.ids).all())
+
+    def places(self, table: pa.Table) -> np.ndarray:
+        """Where the examples of a table lie among all."""
+        return self.place_of[np.searchsorted(self.ids, table["id"].to_numpy())]
+
+    def batches(self, parts: list, table: pa.Table, epoch: int | None = None):
+        """Batches of a table from what is at hand, all in one array or by part; shuffled where an epoch is given."""
+        places = self.places(table)
+        part_of = np.zeros_like(places)
+        if len(parts) > 1:
+            part_of = np.searchsorted(self.starts, places, side="right") - 1
+            places = places - self.starts[part_of]
+        more = {} if epoch is None else {"epoch": epoch, "training": True, "seed": self.frozen.seed}
+        return cached_dataset(table, parts, part_of, places, **more, **self.frozen.batch)
+
+    def raw_batches(self):
+        """All examples as the model takes them, in order."""
+        if self.inputs:
+            return self.batches(self.inputs, self.table)
+        return dataset(self.table, self.frozen.load(), **self.frozen.batch)
+
+    def part(self, number: int) -> pa.Table:
+        """The examples of a part."""
+        return self.table.slice(self.starts[number], self.starts[number + 1] - self.starts[number])
+
+    def features(self, cut: int) -> Activations | None:
+        """Pooled features of all; made with the tensors at the cut, or from them, where phase 2 needs those (0: no)."""
+        if "features" not in self.known:
+            self.known["features"] = self._features(cut)
+        return self.known["features"]
+
+    def _features(self, cut: int) -> Activations | None:
+        frozen, model = self.frozen, self.frozen.model
+        lengths = [arrays[0].shape[1:] for arrays in self.inputs or []]
+        key = frozen.key("features", self.table, model.backbone.pooling, lengths)
+        count, size = self.table.num_rows, 4 * model.backbone.feature_size
+        if cut and count * size < frozen.memory_left and not frozen.is_kept(key):
+            self.collected = []
+        crossing = self.crossing(cut) if cut else None
+        collected, self.collected = self.collected or [], None
+
+        def compute():
+            if sum(map(len, collected)) == count:
+                return ([features] for features in collected)
+            encoder, batches = model.encoder, None
+            if crossing is not None:
+                _, encoder = split(model.backbone, cut)
+                batches = self.batches([part.arrays for part in crossing], self.table)
+            what = f"features from {cut if crossing else 0}"
+            return frozen.run(what, encoder, batches or self.raw_batches(), lambda x: model.features(x, False, encoder))
+
+        found = frozen.kept(key, count, compute, self.needed)
+        frozen.say(f"features{self.name}", count, [found])
+        return found
+
+    def crossing(self, cut: int) -> list[Activations] | None:
+        """The tensors at a cut of all examples as they are, part by part; None where they cannot be had or kept."""
+        if cut not in self.known:
+            found = []
+            for number in range(len(self.starts) - 1):
+                found.append(self._crossing(cut, number))
+                if found[-1] is None:
+                    break
+            block = self.frozen.model.blocks[cut].name
+            self.frozen.say(f"activations below {block}{self.name}", self.table.num_rows, found)
+            self.known[cut] = None if None in found else found
+        return self.known[cut]
+
+    def _crossing(self, cut: int, number: int) -> Activations | None:
+        frozen, prefix, table = self.frozen, self.frozen.prefix(cut), self.part(number)
+        if prefix is None:
+            return None
+
+        def compute():
+            part, batches = prefix, None
+            lower, arrays = self._lower_crossing(cut, number)
+            if lower:
+                part = keras.Model(frozen.prefix(lower).outputs, prefix.outputs)
+            elif self.inputs:
+                arrays = self.inputs[number]
+            else:
+                batches = dataset(table, frozen.load(), **frozen.batch)
+            if batches is None:
+                rows = np.arange(table.num_rows)
+                batches = cached_dataset(table, [arrays], np.zeros_like(rows), rows, **frozen.batch)
+            what = f"blocks {lower or 0} to {cut}"
+            return frozen.run(what, part, batches) if self.collected is None else self._run_on(what, part, batches, cut)
+
+        return frozen.kept(self._crossing_key(cut, number), table.num_rows, compute)
+
+    def _crossing_key(self, cut: int, number: int) -> str:
+        return self.frozen.key(cut, self.part(number), *([self.inputs[number][0].shape[1:]] if self.inputs else []))
+
+    def _run_on(self, what: str, part: keras.Model, batches, cut: int):
+        """As `run` for what ends at a cut, and on to the pooled features, which are collected on the way."""
+        model = self.frozen.model
+        _, suffix = split(model.backbone, cut)
+
+        def function(inputs):
+            tensors = tf.nest.flatten(run_encoder(part, inputs, training=False))
+            return [*tensors, model.features(unwrapped(tensors), False, suffix)]
+
+        for *tensors, features in self.frozen.run(f"{what} and features", part, batches, function):
+            self.collected.append(features)
+            yield tensors
+
+    def _lower_crossing(self, cut: int, number: int):
+        """The next lower cut at which an earlier run has left a part's tensors, and these; (None, None) without."""
+        if self.frozen.root():
+            count = self.part(number).num_rows
+            for lower in range(cut - 1, 0, -1):
+                arrays = cache.open_entry(self.frozen.root() / self._crossing_key(lower, number), count, 0)
+                if arrays:
+                    return lower, arrays
+        return None, None
+
+
+def unwrapped(inputs):
+    """Inputs of a call as the encoder takes them: a single tensor as it is, several in a list."""
+    return inputs[0] if len(inputs) == 1 else list(inputs)

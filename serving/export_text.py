@@ -61,7 +61,8 @@ def export_text_classifier(
     names = ("text_a", "text_b") if pairs else ("text",)
     specs = [tf.TensorSpec([None], tf.string, name=name) for name in names]
     endpoints = {"serving_default": (serve_texts, specs), "features": (serve_features, specs)}
-    write_archive(folder, endpoints, tracked=[preprocess.tokenizer] if preprocess else [])
+    # Tables of words are found only through what is tracked: the tokenizer's, or those of a module that takes strings.
+    write_archive(folder, endpoints, tracked=[preprocess.tokenizer if preprocess else model])
     fields = dataclasses.fields(preprocess) if preprocess else ()
     facts = {field.name: getattr(preprocess, field.name) for field in fields if field.name != "tokenizer"}
     write_assets(folder, model, class_names, thresholds, {**(details or {}), "preprocess": facts, "pairs": pairs})

@@ -207,9 +207,8 @@ def test_cached_and_uncached_runs_agree(splits, tmp_path, augmentation):
         phases, logits = train(splits, **{"cache": "auto", **options}, **common)
         np.testing.assert_allclose(losses(phases), losses(plain[0]), atol=1e-5)
         np.testing.assert_allclose(logits, expected, atol=1e-4)
-    assert len(list(tmp_path.iterdir())) == (
-        2 if augmentation == "none" else 5
-    )  # features, at the cut, a view per epoch
+    # Features of what is learned from, tensors at the cut of it and of the test set; and a view per epoch.
+    assert len(list(tmp_path.iterdir())) == (3 if augmentation == "none" else 6)
 
 
 def test_a_shallower_run_starts_from_what_a_deeper_one_left(splits, tmp_path):

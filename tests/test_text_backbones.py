@@ -269,6 +269,8 @@ def test_blocks_are_the_units_in_order_and_depth_2_thaws_two(preset, loaded):
     assert backbone.blocks[0].name == "embeddings"
     assert [block.name.rsplit("_", 1)[1] for block in backbone.blocks[1:]] == [str(unit) for unit in range(units)]
     assert "token_embedding" in str([weight.path for weight in backbone.blocks[0].weights])
+    if preset == "deberta":  # every unit reads it, so that it is trained with the embeddings
+        assert any("rel_embedding" in weight.path for weight in backbone.blocks[0].weights)
     unreached = ("pooled_dense", "decoder", "reverse_embeddings")
     assert not [weight.path for weight in backbone.encoder.weights if any(word in weight.path for word in unreached)]
     model = Classifier(backbone, 2)
@@ -325,7 +327,7 @@ def test_dropout_works_only_in_thawed_units(preset, loaded):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
-@pytest.mark.parametrize("preset", ["t5", "llama"])
+@pytest.mark.parametrize("preset", MODELS)
 def test_half_precision_stays_near_and_finite(preset, precision, presets):
     model = Classifier(load_backbone(str(presets(preset))), 2)
     inputs = batch_of(model.encoder)
