@@ -22,12 +22,15 @@ def made_problem(classes=4, multi_label=False, examples=400, size=20):
     return features, targets, weights
 
 
-def test_it_equals_scikit_learns_logistic_regression():
+def test_it_equals_scikit_learns_logistic_regression(monkeypatch):
     from sklearn.linear_model import LogisticRegression
 
     features, targets, weights = made_problem()
     train, val = slice(0, 300), slice(300, 400)
-    heads, path, best, _ = solve_head(features[train], targets[train], weights[train], features[val], targets[val])
+    rows = (features[train], targets[train], weights[train], features[val], targets[val])
+    _, early, stopped, _ = solve_head(*rows)
+    monkeypatch.setattr(head_solver, "TOLERANCE", 1e-8)
+    heads, path, best, _ = solve_head(*rows)
     kernel, bias = heads[best]
     mean, deviation = features[train].mean(axis=0), features[train].std(axis=0)
     # scikit-learn weighs the sum of losses with C and leaves the penalty alone.
@@ -38,6 +41,8 @@ def test_it_equals_scikit_learns_logistic_regression():
     found = special.softmax(features[val] @ kernel + bias, axis=1)
     np.testing.assert_allclose(found, expected, atol=0.01)
     assert path[best]["val_loss"] == pytest.approx(-np.log(found[targets[val] > 0]).mean(), rel=1e-4)
+    # Where it stops by itself it is as good.
+    assert early[stopped]["val_loss"] == pytest.approx(path[best]["val_loss"], rel=0.01)
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
