@@ -234,6 +234,7 @@ def cached_dataset(
     epoch: int = 0,
     training: bool = False,
     seed: int = 0,
+    trim: bool = False,
 ):
     """As `dataset`, the inputs being rows of arrays that are at hand: a tuple of tensors [b, ...].
 
@@ -242,6 +243,7 @@ def cached_dataset(
             `pipelines.cache.FileRows`. Parts may differ in shape, and a batch comes from one of them. An array of one
             row holds for all examples.
         part_of, places: [n] int, in which part each row of the table lies, and where in its arrays.
+        trim: leave the padding out: batches that are not full, of which each part has one, are smaller. For one device.
     """
     import tensorflow as tf
 
@@ -256,12 +258,18 @@ def cached_dataset(
 
     @tf.autograph.experimental.do_not_convert
     def read(part, indices, targets, weights, rows):
+        if trim:
+            indices, targets, weights, rows = (
+                x[: tf.math.count_nonzero(rows >= 0)] for x in (indices, targets, weights, rows)
+            )
         inputs = tf.numpy_function(take, [part, indices], dtypes)
         return tuple(tf.ensure_shape(x, s) for x, s in zip(inputs, shapes)), targets, weights, rows
 
     dtypes = [tf.as_dtype(array.dtype) for array in parts[0]]
     dimensions = [list(zip(*(array.shape[1:] for array in same))) for same in zip(*parts)]
-    shapes = [(batch_size, *(dim[0] if len(set(dim)) == 1 else None for dim in dims)) for dims in dimensions]
+    shapes = [
+        (None if trim else batch_size, *(dim[0] if len(set(dim)) == 1 else None for dim in dims)) for dims in dimensions
+    ]
     batches = tf.data.Dataset.from_tensor_slices(slices)
     return batches.map(read, num_parallel_calls=2, deterministic=True).prefetch(tf.data.AUTOTUNE)
 

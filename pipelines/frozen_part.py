@@ -32,6 +32,8 @@ class FrozenPart:
         self.model, self.white_level, self.options = model, white_level, options
         self.loader, self.read_inputs = loader, read_inputs
         self.batch, self.seed, self.strategy = batch, seed, strategy
+        # Long texts are few: a batch of them that is mostly padding would take as long as all short ones.
+        self.trim = bool(read_inputs) and strategy.num_replicas_in_sync == 1
         self.prefixes, self.steps = {}, {}  # made once: building and tracing take seconds
         memory = options.cache_memory * 1e9 or cache.MEMORY_SHARE * psutil.virtual_memory().available
         self.memory_left = memory
@@ -122,10 +124,15 @@ class FrozenPart:
     def frozen_step(self, part: keras.Model, batches, function):
         """A function of a distributed batch -> (outputs, rows), with the weights as they are now."""
         if self.strategy.num_replicas_in_sync == 1:
-            # Of texts the length is open, as in the encoder's own input: one graph for all parts.
-            specs = part.inputs if self.read_inputs else tf.nest.flatten(batches.element_spec[0])
-            frozen = frozen_function(function, [(spec.shape[1:], spec.dtype) for spec in specs])
-            return lambda batch: (frozen(*tf.nest.flatten(batch[0])), batch[-1])
+            if self.read_inputs:
+                # Of texts the length is open, as in the encoder's own input: one graph for all parts. There is no
+                # BatchNorm to fold, so that weights need not become constants, which takes seconds.
+                specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in part.inputs]
+                frozen = tf.function(function, input_signature=specs, autograph=False)
+            else:
+                specs = tf.nest.flatten(batches.element_spec[0])
+                frozen = frozen_function(function, [(spec.shape[1:], spec.dtype) for spec in specs])
+            return lambda batch: (tf.nest.flatten(frozen(*tf.nest.flatten(batch[0]))), batch[-1])
 
         @tf.function(autograph=False)
         def step(batch):
@@ -170,7 +177,7 @@ class Examples:
             part_of = np.searchsorted(self.starts, places, side="right") - 1
             places = places - self.starts[part_of]
         more = {} if epoch is None else {"epoch": epoch, "training": True, "seed": self.frozen.seed}
-        return cached_dataset(table, parts, part_of, places, **more, **self.frozen.batch)
+        return cached_dataset(table, parts, part_of, places, trim=self.frozen.trim, **more, **self.frozen.batch)
 
     def raw_batches(self):
         """All examples as the model takes them, in order."""
@@ -241,7 +248,8 @@ class Examples:
                 batches = dataset(table, frozen.load(), **frozen.batch)
             if batches is None:
                 rows = np.arange(table.num_rows)
-                batches = cached_dataset(table, [arrays], np.zeros_like(rows), rows, **frozen.batch)
+                first = np.zeros_like(rows)
+                batches = cached_dataset(table, [arrays], first, rows, trim=frozen.trim, **frozen.batch)
             what = f"blocks {lower or 0} to {cut}"
             return frozen.run(what, part, batches) if self.collected is None else self._run_on(what, part, batches, cut)
 

@@ -11,7 +11,7 @@ from models.classifier import Classifier
 from models.text_inputs import encoder_inputs, read_texts, token_counts, tokenize
 
 LENGTHS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)  # tokens; longer ones: the longest that is kept
-SMALLEST_PART = 32  # texts; fewer are padded to the next longer part: each part costs a batch that is not full
+SMALLEST_PART = 8  # texts; fewer are padded to the next longer part: each part makes a batch that is not full
 AT_ONCE = 1024  # texts per call of the tokenizer
 
 
@@ -29,7 +29,7 @@ def token_parts(table: pa.Table, preprocess: TextPreprocess | None) -> list[tupl
         (texts,) = texts_of(table)
         return [(np.arange(len(texts)), [np.array([text.encode() for text in texts], object)])]
     tokens, segments = [], []
-    run = tf.function(lambda *texts: tokenize(texts[0], preprocess, *texts[1:]), reduce_retracing=True)
+    run = tf.function(lambda *texts: tokenize(texts[0], preprocess, *texts[1:]), reduce_retracing=True, autograph=False)
     for texts in batches_of(table):
         some, their_segments = run(*texts)
         tokens.append(some)
@@ -55,7 +55,9 @@ def truncation_warning(splits, preprocess: TextPreprocess | None) -> list[str]:
     """What to tell the user of texts that are longer than `preprocess.sequence_length`: one sentence, or none."""
     if preprocess is None:
         return []
-    count = tf.function(lambda *texts: token_counts(texts[0], preprocess, *texts[1:]), reduce_retracing=True)
+    count = tf.function(
+        lambda *texts: token_counts(texts[0], preprocess, *texts[1:]), reduce_retracing=True, autograph=False
+    )
     counts = np.concatenate([count(*texts).numpy() for table in splits for texts in batches_of(table)])
     longer = counts > preprocess.sequence_length
     if not longer.any():

@@ -1,7 +1,7 @@
 """Training examples per second against KerasHub's own classifier: `python -m tests.benchmarks.text_throughput`.
 
 Short texts (`topics`), MiniLM-L6, the top two transformer layers and the head training, batch 32, three epochs.
-KerasHub's `BertTextClassifier.fit` takes strings: once with its default preprocessor (512 tokens), once with its
+KerasHub's `BertTextClassifier.fit` takes strings: once with its default preprocessor (256 tokens here), once with its
 sequence length set to 128, which 99% of the texts need no more than. Graft's time is that of both phases, validation,
 tokenising and caching included; the examples of phase 1 are not counted.
 """
