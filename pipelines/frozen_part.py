@@ -170,12 +170,16 @@ class Examples:
         return self.place_of[np.searchsorted(self.ids, table["id"].to_numpy())]
 
     def batches(self, parts: list, table: pa.Table, epoch: int | None = None):
-        """Batches of a table from what is at hand, all in one array or by part; shuffled where an epoch is given."""
+        """Batches of a table from what is at hand, all in one array or by part; shuffled where an epoch is given.
+
+        The examples of a batch are of one part even where one array holds all: the same batches with and without cache.
+        """
         places = self.places(table)
-        part_of = np.zeros_like(places)
-        if len(parts) > 1:
-            part_of = np.searchsorted(self.starts, places, side="right") - 1
+        part_of = np.searchsorted(self.starts, places, side="right") - 1
+        if len(parts) == len(self.starts) - 1:
             places = places - self.starts[part_of]
+        else:
+            parts = parts * (len(self.starts) - 1)
         more = {} if epoch is None else {"epoch": epoch, "training": True, "seed": self.frozen.seed}
         return cached_dataset(table, parts, part_of, places, trim=self.frozen.trim, **more, **self.frozen.batch)
 

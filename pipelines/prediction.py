@@ -31,15 +31,15 @@ def predictor(model: Classifier, strategy, load, batch_size: int):
 
 def feed_predictor(forward, batches_of, strategy):
     """As `predictor`, from `forward` and `batches` of a `pipelines.feeds.Feed`; with a progress bar."""
-    steps = []
+    steps = {}  # by the shapes of the batches: those of the test set may be others than those of the validation set
 
     def logits_of(table) -> np.ndarray:
         batches = batches_of(table)
-        if not steps:
-            spec = strategy.experimental_distribute_dataset(batches).element_spec
-            steps.append(make_predict_step(forward, strategy, spec))
+        spec = strategy.experimental_distribute_dataset(batches).element_spec
+        if repr(spec) not in steps:
+            steps[repr(spec)] = make_predict_step(forward, strategy, spec)
         with progress_bar() as bar:
             task = bar.add_task("evaluating", total=len(batches), note="")
-            return predict_logits(steps[0], strategy, batches, table.num_rows, lambda: bar.advance(task))
+            return predict_logits(steps[repr(spec)], strategy, batches, table.num_rows, lambda: bar.advance(task))
 
     return logits_of
