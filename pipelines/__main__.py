@@ -12,6 +12,11 @@ COMMANDS = {  # word: (module, function, what it does)
     "text": ("pipelines.text", "main", "fine-tune a text model on your texts and export it"),
     "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
     "evaluate": ("pipelines.rescore", "evaluate_run", "score a run's exported model on other labelled data"),
+    "publish": ("pipelines.publish", "publish_run", "publish a run's model where TensorFlow Serving watches"),
+    "rollback": ("pipelines.publish", "rollback_version", "serve an older published version again"),
+    "versions": ("pipelines.publish", "print_versions", "list the published versions of a model"),
+    "ask": ("pipelines.ask", "ask_server", "label files or texts with a served model"),
+    "compare": ("pipelines.compare", "compare", "which answers change from one version of a model to the next"),
     "export": ("pipelines.export", "export_run", "export a run again, or what a stopped run had learned"),
 }
 

@@ -1,33 +1,49 @@
 """The server's own files: models.config with its labels, batching_params.pbtxt, monitoring.config.
 
-Written and read as text-format protos by the server's own message classes (tensorflow-serving-api), which are
-loaded without TensorFlow.
+Written and read as text-format protos: models.config by the server's own message class, which is loaded without
+TensorFlow. The package tensorflow-serving-api has no class for the other two, so they are rebuilt from their fields.
 """
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import os
 import re
 import secrets
 from pathlib import Path
 
-from google.protobuf import text_format
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format, wrappers_pb2
 
 from models import GraftError
 from serving.runtime import import_protos
 
 MODELS_FILE = "models.config"  # in the folder that holds the models' folders
-MONITORING_FILE = "monitoring.config"
 BATCHING_FILE = "batching_params.pbtxt"  # in a version's folder, for --enable_per_model_batching_parameters
 ALLOWED_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
 BATCH_TIMEOUT_MICROS = 1000  # how long a request waits for company
 MAX_ENQUEUED_BATCHES = 100  # more is refused as unavailable
 METRICS_PATH = "/monitoring/prometheus/metrics"  # on the REST port
-STABLE, CANARY = "stable", "canary"
-LABELS = (STABLE, CANARY)
+STABLE = "stable"  # the label of the version that answers
 NAME_PATTERN = r"[A-Za-z0-9_-][A-Za-z0-9_.-]*"
+# Of tensorflow_serving/servables/tensorflow/session_bundle_config.proto and
+# tensorflow_serving/config/monitoring_config.proto, TF Serving 2.20: field -> number, type.
+REBUILT_FIELDS = {
+    "BatchingParameters": {
+        "max_batch_size": (1, "google.protobuf.Int64Value"),
+        "batch_timeout_micros": (2, "google.protobuf.Int64Value"),
+        "max_enqueued_batches": (3, "google.protobuf.Int64Value"),
+        "num_batch_threads": (4, "google.protobuf.Int64Value"),
+        "thread_pool_name": (5, "google.protobuf.StringValue"),
+        "allowed_batch_sizes": (6, "repeated int64"),
+        "pad_variable_length_inputs": (7, "bool"),
+        "enable_large_batch_splitting": (8, "google.protobuf.BoolValue"),
+        "max_execution_batch_size": (9, "google.protobuf.Int64Value"),
+    },
+    "PrometheusConfig": {"enable": (1, "bool"), "path": (2, "string")},
+    "MonitoringConfig": {"prometheus_config": (1, "graft.PrometheusConfig")},
+}
 
 
 def check_name(name: str) -> str:
@@ -70,17 +86,19 @@ def find_model(models, name: str):
 
 
 def set_labels(models, name: str, base_path: str, labels: dict[str, int]) -> None:
-    """Serve exactly the versions that `labels` {label: version} names, under these labels; other models stay.
+    """Label versions of a model: {label: version}. Other models stay as they are.
 
-    A model that the proto lacks is added, its folder being `base_path`, absolute, as the server sees it.
+    A model that the proto lacks is added, its folder being `base_path`, absolute, as the server sees it; the server
+    loads all its versions then. It must: it checks the labels of a new file before it loads what that file asks for
+    (ServerCore::ReloadConfig), so that one which names a version and labels it at once is never accepted. A request
+    without a label gets the newest version, canary or not: where there are labels, ask by label.
     """
     model = find_model(models, name)
     if model is None:
         if not base_path.startswith("/"):
             raise GraftError(f"base path {base_path!r} of model {name}: the server takes absolute paths only")
         model = models.model_config_list.config.add(name=name, base_path=base_path, model_platform="tensorflow")
-    model.model_version_policy.Clear()
-    model.model_version_policy.specific.versions.extend(sorted(set(labels.values())))
+        model.model_version_policy.all.SetInParent()
     model.version_labels.clear()
     model.version_labels.update(labels)
 
@@ -96,9 +114,9 @@ def chosen_versions(model, versions: list[int]) -> set[int]:
     return set(sorted(versions)[-count:])
 
 
-def is_pinned(model) -> bool:
-    """Whether models.config, and not the newest number, decides which version of a model is served."""
-    return model is not None and model.model_version_policy.HasField("specific")
+def labels_of(model) -> dict[str, int]:
+    """{label: version} of an entry of models.config; empty for None."""
+    return {} if model is None else dict(model.version_labels)
 
 
 @contextlib.contextmanager
@@ -119,6 +137,8 @@ def write_config(path, content) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        raise GraftError(f"{path}: cannot be written ({error.strerror})") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -141,13 +161,31 @@ def read_models(repository):
 
 
 def message(kind: str):
-    """A new message of the server's protos."""
-    (module,) = import_protos(MESSAGES[kind])
-    return getattr(module, kind)()
+    """A new message of the server's protos, by its name."""
+    if kind == "ModelServerConfig":
+        (module,) = import_protos("tensorflow_serving.config.model_server_config_pb2")
+        return module.ModelServerConfig()
+    return rebuilt_messages()[kind]()
 
 
-MESSAGES = {  # message -> the module that defines it
-    "ModelServerConfig": "tensorflow_serving.config.model_server_config_pb2",
-    "MonitoringConfig": "tensorflow_serving.config.monitoring_config_pb2",
-    "BatchingParameters": "tensorflow_serving.servables.tensorflow.session_bundle_config_pb2",
-}
+@functools.cache
+def rebuilt_messages() -> dict:
+    """{name: class} of the messages that tensorflow-serving-api leaves out, from REBUILT_FIELDS."""
+    file = descriptor_pb2.FileDescriptorProto(name="graft/serving_config.proto", package="graft", syntax="proto3")
+    file.dependency.append(wrappers_pb2.DESCRIPTOR.name)
+    for kind, fields in REBUILT_FIELDS.items():
+        described = file.message_type.add(name=kind)
+        for name, (number, what) in fields.items():
+            repeated, what = what.startswith("repeated "), what.removeprefix("repeated ")
+            field = described.field.add(name=name, number=number)
+            field.label = field.LABEL_REPEATED if repeated else field.LABEL_OPTIONAL
+            if what in ("bool", "int64", "string"):
+                field.type = getattr(field, f"TYPE_{what.upper()}")
+            else:
+                field.type = field.TYPE_MESSAGE
+                field.type_name = f".{what}"
+    pool = descriptor_pool.Default()
+    pool.Add(file)
+    return {
+        kind: message_factory.GetMessageClass(pool.FindMessageTypeByName(f"graft.{kind}")) for kind in REBUILT_FIELDS
+    }

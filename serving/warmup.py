@@ -11,8 +11,9 @@ import io
 from pathlib import Path
 
 import numpy as np
+from google.protobuf.message import DecodeError
 
-from serving.answer_checks import BATCH, input_columns
+from serving.answer_checks import input_columns
 from serving.config import ALLOWED_BATCH_SIZES
 from serving.runtime import DTYPES, import_protos
 from serving.session import Session
@@ -23,7 +24,7 @@ MOST_RECORDS = 1000  # kNumMaxWarmupRecords of the server
 IMAGE_SIZE = (375, 500)  # rows, columns: ImageNet's photographs are about so large
 GRAIN = 8  # pixels per random colour: noise of single pixels would make far larger files than photographs are
 WORDS = 60  # of a text where the model tells no length of its own
-WORDS_PER_TOKEN = 0.7  # of made-up words half as long as a token list; a typical text fills most of the window
+PIECES_PER_WORD = 4  # tokens that a made-up word falls into, about
 STRING = 7  # DT_STRING
 
 
@@ -105,10 +106,10 @@ def noise_jpeg(seed: int, details: dict) -> bytes:
 
 
 def noise_text(seed: int, details: dict) -> bytes:
-    """Random words of 2 to 9 letters, which fill about the window that the model reads."""
+    """Random words of 2 to 9 letters, which about fill the window that the model reads."""
     random = np.random.default_rng(seed)
     tokens = details.get("preprocess", {}).get("sequence_length")
-    count = max(1, round(tokens * WORDS_PER_TOKEN / 2)) if tokens else WORDS
+    count = max(1, tokens // PIECES_PER_WORD) if tokens else WORDS
     letters = list("abcdefghijklmnopqrstuvwxyz")
     return " ".join("".join(random.choice(letters, random.integers(2, 10))) for _ in range(count)).encode()
 
@@ -134,7 +135,7 @@ def read_requests(file) -> list[tuple[str, dict[str, np.ndarray]]]:
     from tensorboard.compat.tensorflow_stub import errors
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
-    protobuf_message, log_module = import_protos("google.protobuf.message", "tensorflow_serving.apis.prediction_log_pb2")
+    (log_module,) = import_protos("tensorflow_serving.apis.prediction_log_pb2")
     reader, requests = PyRecordReader_New(str(file)), []
     try:
         while True:
@@ -147,7 +148,7 @@ def read_requests(file) -> list[tuple[str, dict[str, np.ndarray]]]:
             requests.append((request.model_spec.signature_name or "serving_default", inputs))
     except errors.OutOfRangeError:  # how the reader says that the file has ended
         pass
-    except (errors.OpError, protobuf_message.DecodeError) as error:
+    except (errors.OpError, DecodeError, KeyError, ValueError) as error:
         raise CheckFailed(f"{file}: record {len(requests)} cannot be read ({error})") from error
     if len(requests) > MOST_RECORDS:
         raise CheckFailed(f"{file}: {len(requests)} records, the server takes {MOST_RECORDS}")
@@ -167,7 +168,10 @@ def fill_tensor(tensor, array: np.ndarray) -> None:
 
 
 def tensor_array(tensor) -> np.ndarray:
-    """The array in a TensorProto that holds strings, or numbers as `tensor_content`."""
+    """The array in a TensorProto that holds strings, or numbers as `tensor_content`.
+
+    Raises KeyError for a dtype that numpy lacks, ValueError where the content does not fill the shape.
+    """
     shape = [dim.size for dim in tensor.tensor_shape.dim]
     if tensor.dtype == STRING:
         array = np.empty(len(tensor.string_val), object)

@@ -22,6 +22,8 @@ WORDS = {
     "sky": "cloud wind bird blue sun star",
     "city": "street car noise shop",
 }
+ALL = (*MODELS, "biobert", "finbert")
+FEW = ("bert", "gpt2", "t5", "finbert")  # the others with the full list
 ODD = ["", "🙂🙂 שלום مرحبا", b"broken \xff\xfe utf-8", "long " * 20_000]
 
 
@@ -237,7 +239,9 @@ def test_neither_biases_nor_norms_decay(family, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", [*MODELS, "biobert", "finbert"])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in FEW else pytest.mark.acceptance) for name in ALL]
+)
 def test_every_family_trains_both_phases_and_is_verified(family, data, tmp_path):
     """KerasHub presets; BioBERT and FinBERT in the form that they ship in: pytorch_model.bin, old names."""
     folder = FIXTURES / family if family in ("biobert", "finbert") else write(family, tmp_path / family)

@@ -1,0 +1,152 @@
+"""`graft ask`: label files or texts with a model that is being served, over REST or gRPC."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+
+import numpy as np
+import tyro
+
+from models import GraftError
+from pipelines.batch import BATCH, READ_FROM, csv_rows, files_reader, input_rows, label_of, print_answers
+from pipelines.batch_texts import input_names, text_rows, texts_reader
+from pipelines.console import console, progress_bar
+from serving.client import TIMEOUT_S, Client
+
+INPUTS = {  # inputs of serving_default -> what an export of Graft's says of itself there
+    ("image_bytes",): {},
+    ("text",): {"pairs": False},
+    ("text_a", "text_b"): {"pairs": True},
+}
+
+
+@dataclasses.dataclass
+class AskConfig:
+    """Label files or texts with a served model: graft ask http://localhost:8501/v1/models/photos new/"""
+
+    url: tyro.conf.Positional[str]
+    """http://HOST:8501/v1/models/NAME (REST) or grpc://HOST:8500/NAME, where wanted with /versions/3 or /labels/stable
+    after it."""
+    inputs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Of an image model: image files, folders of images, or one CSV file with a column `path`. Of a text model: .txt
+    files, or one CSV file with a column `text`."""
+    text: tuple[str, ...] = ()
+    """Texts to label, of a text model: --text "How do I sort a list?" """
+    text_column: str = "text"
+    """Column of a CSV file with the texts."""
+    second_column: str = "text_b"
+    """Column of a CSV file with the second texts, of a model that takes pairs."""
+    timeout_s: float = TIMEOUT_S
+    """Seconds that one request (of up to 32 files or texts) may take."""
+    json: bool = False
+    """Print JSON: model, version, seconds, and one entry per file or text."""
+
+
+def ask_server(argv: list[str]) -> int:
+    """`graft ask`: a table on the console, or JSON with --json."""
+    config = tyro.cli(AskConfig, args=argv, prog="graft ask")
+    with Client(config.url, config.timeout_s) as client:
+        rows, read, column = what_to_ask(config, inputs_of(client, config.url))
+        started = time.perf_counter()
+        answers = answers_of(client, len(rows), read)
+        seconds = time.perf_counter() - started
+    class_names = names_of(answers)
+    for row, answer in zip(rows, answers):
+        row.update(label=label_of(answer, class_names), error=answer["error"])
+    if config.json:
+        entries = [json_entry(row, answer, column, class_names) for row, answer in zip(rows, answers)]
+        content = {"model": client.name, "version": client.version, "seconds": round(seconds, 4), "answers": entries}
+        print(json.dumps(content, indent=1, ensure_ascii=False))
+        return 0
+    print_answers(rows, answers, column, most=len(rows))
+    failed = sum(bool(row["error"]) for row in rows)
+    without = f", [yellow]{failed:,} without an answer[/]" if failed else ""
+    console.print(
+        f"{client.name}, version {client.version}: {len(rows):,} answers in {seconds:.2f} s, "
+        f"{1000 * seconds / len(rows):.1f} ms each{without}"
+    )
+    return 0
+
+
+def inputs_of(model, where: str) -> dict:
+    """What a Session or a Client takes, in the words of an export: {} for images, {"pairs": ...} for texts.
+
+    Raises:
+        GraftError: its serving_default takes something else, or does not answer with labels.
+    """
+    signature = model.signatures.get("serving_default", {"inputs": {}, "outputs": {}})
+    names, missing = tuple(sorted(signature["inputs"])), {"labels", "scores", "probabilities", "error"}
+    missing -= set(signature["outputs"])
+    if names not in INPUTS or missing:
+        raise GraftError(
+            f"{where}: its serving_default takes {', '.join(names) or 'nothing'} and gives "
+            f"{', '.join(sorted(signature['outputs'])) or 'nothing'}; expected a classifier that Graft exported "
+            f"(image_bytes or text in; labels, scores, probabilities and error out)."
+        )
+    return INPUTS[names]
+
+
+def what_to_ask(config, details: dict) -> tuple[list[dict], object, str]:
+    """What the command line names: its rows, a reader of them for `answers_of`, and the column that names a row."""
+    if "pairs" in details:
+        columns = [config.text_column, config.second_column][: 1 + details["pairs"]]
+        rows = text_rows(config.inputs, config.text, columns, csv_rows)
+        return rows, texts_reader(input_names(details), [[row[name] for row in rows] for name in columns]), columns[0]
+    if config.text:
+        raise GraftError("--text: this model takes images. Give image files, a folder, or a CSV file.")
+    rows = input_rows(config.inputs)
+    return rows, files_reader([row.pop(READ_FROM) for row in rows]), "path"
+
+
+def answers_of(model, count: int, read) -> list[dict]:
+    """Answers of a Session or a Client, one per example, as `pipelines.batch.ask` gives them.
+
+    Args:
+        read: (start, stop) -> the inputs of these examples by name, and the error of each.
+    """
+    answers = []
+    with progress_bar() as bar:
+        task = bar.add_task("answers", total=count, note="")
+        for start in range(0, count, BATCH):
+            asked, errors = read(start, start + BATCH)
+            outputs = model.run("serving_default", asked)
+            for index, read_error in enumerate(errors):
+                answers.append(
+                    {
+                        "labels": [label.decode() for label in outputs["labels"][index]],
+                        "scores": outputs["scores"][index],
+                        "probabilities": outputs["probabilities"][index],
+                        "chosen": outputs["chosen"][index] if "chosen" in outputs else None,
+                        "error": read_error or outputs["error"][index].decode(),
+                    }
+                )
+            bar.update(task, advance=len(errors))
+    return answers
+
+
+def names_of(answers: list[dict]) -> list[str]:
+    """The class names of a served model, which only names the best classes of each answer.
+
+    `labels` are in the order of the largest probabilities, equal ones by index (tf.math.top_k). A class that was
+    never among them is called by its index.
+    """
+    names = [f"class {index}" for index in range(len(answers[0]["probabilities"]))]
+    for answer in answers:
+        if not answer["error"]:
+            for index, label in zip(np.argsort(-answer["probabilities"], kind="stable"), answer["labels"]):
+                names[index] = label
+    return names
+
+
+def json_entry(row: dict, answer: dict, column: str, class_names: list[str]) -> dict:
+    """One file or text of --json: what was asked, then either labels with scores (best first) or the error."""
+    asked = {name: row[name] for name in ("path", column) if name in row}
+    if answer["error"]:
+        return {**asked, "error": answer["error"]}
+    scores = [round(float(score), 6) for score in answer["scores"]]
+    entry = {**asked, "label": row["label"], "labels": answer["labels"], "scores": scores}
+    if answer["chosen"] is not None:
+        entry["chosen"] = [name for name, is_chosen in zip(class_names, answer["chosen"]) if is_chosen]
+    return entry
