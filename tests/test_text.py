@@ -246,5 +246,6 @@ def test_every_family_trains_both_phases_and_is_verified(family, data, tmp_path)
     """KerasHub presets; BioBERT and FinBERT in the form that they ship in: pytorch_model.bin, old names."""
     folder = FIXTURES / family if family in ("biobert", "finbert") else write(family, tmp_path / family)
     out = run(data, folder, tmp_path / "run", "--depth", 1, "--fine-tune-epochs", 1)
-    assert metrics_of(out)["phases"][1]["weights"]["still"] == 0
+    # Softmax does not feel what is added to all scores: only rounding moves the bias of the keys.
+    assert metrics_of(out)["phases"][1]["weights"]["still"] <= 1
     assert (out / "serving" / "run" / "1" / "saved_model.pb").is_file()  # it has its number: it was verified
