@@ -200,7 +200,8 @@ def test_an_image_model_that_gives_no_single_feature_map_says_so(tmp_path):
 def test_both_phases_export_and_verification(preset, request, png_folder, tmp_path):
     metrics, version = two_phase_run(png_folder, request.getfixturevalue(preset), tmp_path / "run")
     assert metrics["phases"][1]["trainable_parameters"] > metrics["phases"][0]["trainable_parameters"]
-    assert metrics["phases"][1]["weights"]["still"] == 0 and (version / "saved_model.pb").is_file()
+    # Of a ViT the bias of the keys may stay: softmax does not feel it.
+    assert metrics["phases"][1]["weights"]["still"] <= 1 and (version / "saved_model.pb").is_file()
 
 
 def test_older_names_in_a_converter_are_understood(tiny_preset, tmp_path):
