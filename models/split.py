@@ -45,3 +45,15 @@ def split(backbone: Backbone, block: int) -> tuple[keras.Model, keras.Model]:
     # Keras makes new nodes for a model that starts at inner tensors; the layers stay the same objects.
     suffix = keras.Model(tensors, encoder.output, name=f"{backbone.name}_from_{backbone.blocks[block].name}")
     return prefix, suffix
+
+
+def between(lower: keras.Model, upper: keras.Model) -> keras.Model:
+    """What lies between two prefixes of one backbone: from the tensors that leave `lower` to those that leave `upper`.
+
+    Raises:
+        ValueError: `lower` ends above `upper`.
+    """
+    # Keras (3.15.1) loses an input of a model that starts at inner tensors where it is an output too: a copy is none.
+    passing = {id(tensor) for tensor in lower.outputs}
+    outputs = [keras.layers.Identity()(tensor) if id(tensor) in passing else tensor for tensor in upper.outputs]
+    return keras.Model(lower.outputs, outputs)

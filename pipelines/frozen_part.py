@@ -13,7 +13,7 @@ import tensorflow as tf
 
 from models.classifier import Classifier, run_encoder
 from models.frozen import frozen_function
-from models.split import split
+from models.split import between, split
 from pipelines import cache
 from pipelines.cache import Activations
 from pipelines.console import console, progress_bar
@@ -245,7 +245,7 @@ class Examples:
             part, batches = prefix, None
             lower, arrays = self._lower_crossing(cut, number)
             if lower:
-                part = keras.Model(frozen.prefix(lower).outputs, prefix.outputs)
+                part = between(frozen.prefix(lower), prefix)
             elif self.inputs:
                 arrays = self.inputs[number]
             else:

@@ -310,7 +310,7 @@ def test_export_again_keeps_the_thresholds_and_a_stopped_run_gets_them(run_dir, 
     np.testing.assert_allclose(served[1], thresholds, atol=1e-6)
     lines = (copy / "splits.csv").read_text().splitlines()
     (copy / "splits.csv").write_text("\n".join(line for line in lines if not line.startswith("val,")) + "\n")
-    with pytest.raises(GraftError, match="thresholds are chosen on the validation images.*Put them back"):
+    with pytest.raises(GraftError, match="thresholds are chosen on the validation examples.*Put them back"):
         export.export_run([str(copy)])
 
 

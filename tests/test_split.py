@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from models.backbone import Backbone, Block, ImagePreprocess, load_backbone
 from models.classifier import run_encoder
-from models.split import split
+from models.split import between, split
 from tests.conftest import tiny_backbone
 
 PRESETS = ("tiny_preset", "tiny_resnet_preset", "tiny_resnet_v2_preset", "tiny_mobilenet_preset", "tiny_vit_preset")
@@ -23,9 +23,15 @@ def check_every_cut(backbone, inputs) -> int:
         whole = run_encoder(backbone.encoder, inputs, training=False)
         loss = tf.reduce_mean(whole**2)
     expected = dict(zip(map(id, weights), tape.gradient(loss, weights)))
+    lower = None  # the prefix of the cut below and what crosses there
     for cut in range(1, len(backbone.blocks)):
         prefix, suffix = split(backbone, cut)
         crossing = run_encoder(prefix, inputs, training=False)
+        if lower:
+            joined = run_encoder(between(lower[0], prefix), lower[1], training=False)
+            for found, tensor in zip(tf.nest.flatten(joined), tf.nest.flatten(crossing), strict=True):
+                np.testing.assert_array_equal(found, tensor)
+        lower = prefix, crossing
         above = [weight.value for block in backbone.blocks[cut:] for weight in block.weights if weight.trainable]
         assert {id(weight.value) for weight in suffix.trainable_weights} == set(map(id, above))
         with tf.GradientTape() as tape:

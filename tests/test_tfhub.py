@@ -146,7 +146,7 @@ def sentences():
         return pa.table(columns)
 
     names = ["red", "green", "blue"]
-    return types.SimpleNamespace(train=table(24), val=table(9), test=table(9), class_names=names)
+    return types.SimpleNamespace(train=table(24), val=table(9), test=table(9), class_names=names, white_level=255)
 
 
 def train(handle, splits, strategy=None, **options):
