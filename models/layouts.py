@@ -79,10 +79,10 @@ def check_huggingface_folder(folder: pathlib.Path) -> tuple[str, dict, list[path
                 f"{'; '.join(known for *_, known in TIMM_ARCHITECTURES)}. Use a folder of one of these, or a "
                 f"KerasHub preset."
             )
-    return family, config, weights_files(folder)
+    return family, config, transformers_files(folder)
 
 
-def weights_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def transformers_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files that hold the weights: one, or the shards that an index names; safetensors before .bin.
 
     Raises:

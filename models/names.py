@@ -78,7 +78,7 @@ def check_folder(folder: pathlib.Path, kind: str | None = "image") -> None:
             what = f"a transformers model of the type {family!r}" if is_huggingface else f"a {config['class_name']}"
             raise other_kind(f"Folder {folder} holds {what}, which", kind)
         if is_huggingface:
-            layouts.weights_files(folder)
+            layouts.transformers_files(folder)
             check_settings(folder, family, config)
     elif kind == "text":
         raise _no_text_model(folder, config)

@@ -77,7 +77,7 @@ def load_transformers(folder: pathlib.Path, family: str, config: dict) -> tuple[
     Raises:
         GraftError: a file missing or damaged, or settings or weights of another architecture.
     """
-    files = layouts.weights_files(folder)
+    files = layouts.transformers_files(folder)
     check_settings(folder, family, config)
     state = Weights(folder, encoder_names(read_weights(files), PREFIXES[family]))
     settings, longest = backbone_settings(folder, family, config)

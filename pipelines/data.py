@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from models import GraftError
 from pipelines.console import progress_bar
 from pipelines.inspections import inspect_files
 from pipelines.manifests import Example
-from pipelines.sources import drop_small_classes, is_multi_label
+from pipelines.sources import check_skipped, drop_small_classes, is_multi_label
 from pipelines.splits import fingerprint, make_splits
 
 
@@ -64,13 +63,7 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
         task = bar.add_task("reading images", total=len(paths), note="")
         facts = inspect_files(paths, progress=lambda done: bar.update(task, completed=done))
     skipped = [{"path": path, "reason": fact["error"]} for path, fact in zip(paths, facts) if fact["error"]]
-    limit = max(len(paths) // 100, 3)
-    if len(skipped) > limit:
-        listed = "\n".join(f"  {row['path']}: {row['reason']}" for row in skipped[:10])
-        raise GraftError(
-            f"{len(skipped)} of {len(paths)} images cannot be read; up to {limit} are skipped. "
-            f"Repair or remove them:\n{listed}" + ("\n  ..." if len(skipped) > 10 else "")
-        )
+    check_skipped(skipped, len(paths), "images", "cannot be read")
     facts_of = {example.path: fact for example, fact in zip(found, facts) if not fact["error"]}
     multi_label = is_multi_label(found)
     kept, _ = drop_small_classes([example for example in found if example.path in facts_of], min_per_class)

@@ -41,9 +41,9 @@ class Feeds:
         self.fine_tuning, self.options = config.fine_tune, config.cache
         self.common = {"class_count": len(splits.class_names), "batch_size": config.training.batch_size}
         self.frozen = FrozenPart(
-            model, splits.white_level, loader, read_inputs, config.cache, self.common, self.seed, strategy
-        )
-        self.frozen.trim &= config.training.accumulation_steps == 1  # its parts must be of one size
+            model, splits.white_level, loader, read_inputs, config.cache, self.common, self.seed, strategy,
+            steps=config.training.accumulation_steps,
+        )  # fmt: skip
         # What the test set gives is computed when it is first asked for, which need not be before training.
         self.learning = Examples(self.frozen, "", [splits.train, splits.val])
         self.testing = Examples(self.frozen, " of the test set", [splits.test], needed=True)

@@ -24,19 +24,22 @@ from pipelines.steps import gathered
 class FrozenPart:
     """What all sets of examples share: the model as it was loaded, the cache, and steps that were traced."""
 
-    def __init__(self, model: Classifier, white_level: int, loader, read_inputs, options, batch: dict, seed, strategy):
+    def __init__(
+        self, model: Classifier, white_level: int, loader, read_inputs, options, batch: dict, seed, strategy, steps=1
+    ):
         """options: `pipelines.options.CacheOptions`; batch: class_count and batch_size of every data set.
 
+        steps: gradient accumulation, which takes its parts from one batch;
         loader and read_inputs as for `pipelines.training.fit_two_phase`.
         """
         self.model, self.white_level, self.options = model, white_level, options
         self.loader, self.read_inputs = loader, read_inputs
         self.batch, self.seed, self.strategy = batch, seed, strategy
         # Long texts are few: a batch of them that is mostly padding would take as long as all short ones.
-        self.trim = bool(read_inputs) and strategy.num_replicas_in_sync == 1
+        # Replicas and accumulated steps need parts of one size.
+        self.trim = bool(read_inputs) and strategy.num_replicas_in_sync == 1 and steps == 1
         self.prefixes, self.steps = {}, {}  # made once: building and tracing take seconds
-        memory = options.cache_memory * 1e9 or cache.MEMORY_SHARE * psutil.virtual_memory().available
-        self.memory_left = memory
+        self.memory_left = options.cache_memory * 1e9 or cache.MEMORY_SHARE * psutil.virtual_memory().available
         # Weights as they are now: phase 2 changes those above its cut, and asks for more afterwards.
         self.digest = cache.model_digest(model.encoder) if options.cache != "none" else ""
 

@@ -29,7 +29,7 @@ def score(splits, logits_of, config) -> tuple[dict, dict, np.ndarray | None]:
     return logits, facts.metrics_of(splits, logits, thresholds, config), thresholds
 
 
-def publish(run_dir: pathlib.Path, write, samples: dict, probabilities) -> tuple[pathlib.Path, dict]:
+def publish(run_dir: pathlib.Path, write, samples: list, probabilities) -> tuple[pathlib.Path, dict]:
     """Export to RUN/serving/NAME/NUMBER, verified on examples before it gets its number.
 
     Args:
@@ -40,7 +40,7 @@ def publish(run_dir: pathlib.Path, write, samples: dict, probabilities) -> tuple
     Returns:
         The version's folder, and what was checked.
     """
-    from serving.export import publish_version
+    from serving.new_version import publish_version
     from serving.verify import verify
 
     checked = {}

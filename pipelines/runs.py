@@ -79,7 +79,7 @@ def explained(run_dir: pathlib.Path):
     except KeyboardInterrupt:
         raise stopped(run_dir) from None
     except Exception as error:
-        from serving.export import is_disk_full
+        from serving.new_version import is_disk_full
 
         if is_disk_full(error):
             raise GraftError(

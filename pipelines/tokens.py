@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 import pyarrow as pa
 import tensorflow as tf
@@ -29,7 +31,7 @@ def token_parts(table: pa.Table, preprocess: TextPreprocess | None) -> list[tupl
         (texts,) = texts_of(table)
         return [(np.arange(len(texts)), [np.array([text.encode() for text in texts], object)])]
     tokens, segments = [], []
-    run = tf.function(lambda *texts: tokenize(texts[0], preprocess, *texts[1:]), reduce_retracing=True, autograph=False)
+    run = traced(tokenize, preprocess)
     for texts in batches_of(table):
         some, their_segments = run(*texts)
         tokens.append(some)
@@ -55,9 +57,7 @@ def truncation_warning(splits, preprocess: TextPreprocess | None) -> list[str]:
     """What to tell the user of texts that are longer than `preprocess.sequence_length`: one sentence, or none."""
     if preprocess is None:
         return []
-    count = tf.function(
-        lambda *texts: token_counts(texts[0], preprocess, *texts[1:]), reduce_retracing=True, autograph=False
-    )
+    count = traced(token_counts, preprocess)
     counts = np.concatenate([count(*texts).numpy() for table in splits for texts in batches_of(table)])
     longer = counts > preprocess.sequence_length
     if not longer.any():
@@ -66,6 +66,14 @@ def truncation_warning(splits, preprocess: TextPreprocess | None) -> list[str]:
         f"{longer.mean():.1%} of examples lose text at {preprocess.sequence_length} tokens (half of all have up to "
         f"{np.median(counts):.0f}, the longest has {counts.max():,}). --sequence-length keeps more."
     ]
+
+
+@functools.lru_cache(maxsize=4)  # tracing takes longer than the tokens of a small set
+def traced(function, preprocess: TextPreprocess):
+    """`function(texts, preprocess, second)` of models/text_inputs.py as a graph, which takes one text or a pair."""
+    return tf.function(
+        lambda *texts: function(texts[0], preprocess, *texts[1:]), reduce_retracing=True, autograph=False
+    )
 
 
 def text_predictor(model: Classifier, preprocess: TextPreprocess | None, batch_size: int):

@@ -59,20 +59,20 @@ def test_a_wrong_name_says_what_it_was_and_what_there_is(name, monkeypatch):
 
 
 def test_offline_names_and_local_modules_are_accepted(tmp_path):
-    check_backbone_name("efficientnet_lite0")
+    assert check_backbone_name("efficientnet_lite0") is None
     (tmp_path / "module").mkdir()
     (tmp_path / "module" / "saved_model.pb").touch()
-    check_backbone_name(f"tfhub:{tmp_path / 'module'}")
+    assert check_backbone_name(f"tfhub:{tmp_path / 'module'}") is None
     handle = "https://tfhub.dev/google/x/1"
     cached = tmp_path / "TFHUB_CACHE_DIR" / hashlib.sha1(handle.encode()).hexdigest()
     cached.mkdir(parents=True)
     (cached / "saved_model.pb").touch()
-    check_backbone_name(f"tfhub:{handle}")
+    assert check_backbone_name(f"tfhub:{handle}") is None
     weights = tmp_path / "KERAS_HOME" / "models" / "resnet50v2_weights_tf_dim_ordering_tf_kernels_notop.h5"
     weights.parent.mkdir(parents=True)
     weights.touch()
-    check_backbone_name("applications:ResNet50V2")
-    check_backbone_name(f"applications:ResNet101:{weights}")
+    assert check_backbone_name("applications:ResNet50V2") is None
+    assert check_backbone_name(f"applications:ResNet101:{weights}") is None
 
 
 def test_a_folder_of_a_text_model_or_of_no_known_layout_is_refused(tmp_path):

@@ -32,8 +32,8 @@ def own_cache(folder: pathlib.Path) -> dict[str, str]:
 
 
 def tests(what: str, *words):
-    """A row for tests of the suite, run with pytest words; slow ones too."""
-    command = [PYTHON, "-m", "pytest", "-q", "-m", "not acceptance", "--durations=0", *words]
+    """A row for tests of the suite, run with pytest words: quick, slow and those of the full list."""
+    command = [PYTHON, "-m", "pytest", "-q", "-m", "", "--durations=0", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     return (what, done.stdout.strip().splitlines()[-1], "passed", done.returncode == 0)
 
@@ -59,25 +59,44 @@ def mistakes(number: str, place: pathlib.Path, cases: dict, command: str = "imag
 
 
 def run_checks(checks, file: str, title: str) -> int:
-    """Run all checks, or those named on the command line; all of them write the table beside `file`."""
+    """Run all checks, or those named on the command line, and write what they measured into the table beside `file`.
+
+    Each check has its part of the table, with the commit that it ran on; parts that it does not know stay.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    wanted = sys.argv[1:]
-    lines = ["| what | measured | wanted | |", "|---|---|---|---|"]
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
+    path = pathlib.Path(file).with_suffix(".md")
+    parts = read_parts(path)
+    names = [check.__name__ for check in checks]
+    unknown = set(sys.argv[1:]) - set(names)
+    if unknown:
+        sys.exit(f"{', '.join(sorted(unknown))}: no such check. There are: {', '.join(names)}")
     fine = True
-    with tempfile.TemporaryDirectory(prefix="graft-acceptance-") as name:
+    with tempfile.TemporaryDirectory(prefix="graft-acceptance-") as folder:
         for check in checks:
-            if wanted and check.__name__ not in wanted:
+            if sys.argv[1:] and check.__name__ not in sys.argv[1:]:
                 continue
             print(f"== {check.__name__}", flush=True)
-            for what, measured, expected, holds in check(pathlib.Path(name)):
+            lines = [f"On commit {commit}:", "", "| what | measured | wanted | |", "|---|---|---|---|"]
+            for what, measured, expected, holds in check(pathlib.Path(folder)):
                 fine &= bool(holds)
                 cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in (what, measured, expected)]
                 lines.append(f"| {' | '.join(cells)} | {'yes' if holds else '**no**'} |")
                 print(lines[-1], flush=True)
-    if not wanted:
-        path = pathlib.Path(file).with_suffix(".md")
-        text = f"# {title}: the full list, on commit {commit.stdout.strip()}\n\n"
-        text += f"`make acceptance OF={path.stem}`, two CPU cores.\n\n"
-        path.write_text(text + "\n".join(lines) + "\n")
+            parts[check.__name__] = "\n".join(lines)
+            text = f"# {title}\n\n`make acceptance OF={path.stem}`, two CPU cores.\n"
+            text += "".join(
+                f"\n## {name}\n\n{parts[name]}\n" for name in [*names, *(parts.keys() - set(names))] if name in parts
+            )
+            path.write_text(text)
     return 0 if fine else 1
+
+
+def read_parts(path: pathlib.Path) -> dict[str, str]:
+    """The parts of a table that was written before, by the name of their check."""
+    if not path.is_file():
+        return {}
+    found = (part.partition("\n") for part in path.read_text().split("\n## ")[1:])
+    return {name: text.strip() for name, _, text in found}

@@ -10,15 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
-import subprocess
 import sys
-import tempfile
 import time
 
-import numpy as np
-
-from tests.acceptance.tools import PYTHON, ROOT, own_cache
+from tests.benchmarks.sides import run_sides, summary
 
 HEAD_EPOCHS, FINE_TUNE_EPOCHS, DEPTH, BATCH = 8, 3, 2, 32
 
@@ -111,26 +106,7 @@ def main() -> int:
     if options.side:
         print(json.dumps((graft_side if options.side == "graft" else plain_side)(options.seed)))
         return 0
-    results = {"graft": [], "plain": []}
-    print("side    seed   phase 1   both phases   test accuracy")
-    for seed in range(options.runs):
-        for side in ("graft", "plain") if seed % 2 == 0 else ("plain", "graft"):
-            with tempfile.TemporaryDirectory() as cache:
-                command = [PYTHON, "-m", "tests.benchmarks.text_two_phase", "--side", side, "--seed", str(seed)]
-                environment = own_cache(pathlib.Path(cache))
-                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr)
-            row = json.loads(done.stdout.splitlines()[-1])
-            results[side].append(row)
-            figures = f"{row['phase_1']:7.1f} s   {row['total']:9.1f} s   {row['accuracy']:.3f}"
-            print(f"{side:7} {seed:4}   {figures}", flush=True)
-    ratio = np.median([row["total"] for row in results["plain"]]) / np.median(
-        [row["total"] for row in results["graft"]]
-    )
-    accuracies = [np.mean([row["accuracy"] for row in results[side]]) for side in ("graft", "plain")]
-    print(f"mean test accuracy: Graft {accuracies[0]:.3f}, plain {accuracies[1]:.3f}")
-    print(f"median: Graft is {ratio:.1f} times sooner over both phases")
+    summary(run_sides("tests.benchmarks.text_two_phase", options.runs))
     return 0
 
 

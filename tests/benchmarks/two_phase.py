@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import pathlib
-import subprocess
 import sys
 import tempfile
 import time
 
 import numpy as np
 
-from tests.acceptance.tools import PYTHON, ROOT, own_cache
 from tests.benchmarks.picture import save_result
+from tests.benchmarks.sides import run_sides, summary
 
 IMAGES, SIDE, BATCH, HEAD_EPOCHS, FINE_TUNE_EPOCHS, DEPTH = 4000, 96, 32, 10, 5, 2
 
@@ -164,32 +162,10 @@ def main() -> int:
         else:
             print(json.dumps(plain_side(options.seed, options.backbone, options.images)))
         return 0
-    results = {"graft": [], "plain": []}
-    print("side    seed   phase 1   both phases   test accuracy")
-    for seed in range(options.runs):
-        for side in ("graft", "plain") if seed % 2 == 0 else ("plain", "graft"):
-            with tempfile.TemporaryDirectory() as cache:
-                command = [PYTHON, "-m", "tests.benchmarks.two_phase", "--side", side, "--seed", str(seed)]
-                command += ["--backbone", options.backbone, "--images", str(options.images)]
-                environment = own_cache(pathlib.Path(cache))
-                done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr)
-            row = json.loads(done.stdout.splitlines()[-1])
-            results[side].append(row)
-            figures = f"{row['phase_1']:7.1f} s   {row['total']:9.1f} s   {row['accuracy']:.3f}"
-            print(f"{side:7} {seed:4}   {figures}", flush=True)
-
-    def middle(side, figure):
-        return float(np.median([row[figure] for row in results[side]]))
-
-    ratios = {figure: middle("plain", figure) / middle("graft", figure) for figure in ("phase_1", "total")}
-    accuracies = {side: float(np.mean([row["accuracy"] for row in rows])) for side, rows in results.items()}
-    print(f"medians: {ratios['phase_1']:.1f} times sooner in phase 1, {ratios['total']:.1f} times over both phases")
+    words = ("--backbone", options.backbone, "--images", str(options.images))
+    seconds, accuracies = summary(run_sides("tests.benchmarks.two_phase", options.runs, *words))
     if options.json:
-        seconds = {side: {name: middle(side, name) for name in ratios} for side in results}
         save_result(options.json, "two_phase", {"seconds": seconds, "accuracy": accuracies})
-    print(f"mean test accuracy: Graft {accuracies['graft']:.3f}, plain {accuracies['plain']:.3f}")
     return 0
 
 
