@@ -4,6 +4,8 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 OF     ?= images
+# A test file stays on one worker: its fixtures are made once.
+WORKERS := --numprocesses 2 --dist loadfile
 
 .PHONY: demo test quick acceptance lint clean help
 
@@ -11,7 +13,7 @@ help:
 	@echo "make demo              train on photographs' tiles with real ImageNet weights, export, ask the export"
 	@echo "make test              lint and all tests (under 25 minutes on two cores)"
 	@echo "make quick             lint and the quick tests (under 5 minutes)"
-	@echo "make acceptance OF=images   the full-size checks (also OF=sources); writes tests/acceptance/images.md (also OF=sources)"
+	@echo "make acceptance OF=images   the full-size checks; writes tests/acceptance/images.md (also OF=sources, cache, text, serving)"
 
 # One line each, so that a failing install stops here and the next `make` goes on from it.
 $(READY): setup.cfg constraints.txt
@@ -33,11 +35,11 @@ demo: $(READY)
 
 test: $(READY) lint
 	@echo "== All tests (quick and slow)"
-	@$(BIN)/python -m pytest -m "not acceptance"
+	@$(BIN)/python -m pytest $(WORKERS) -m "not acceptance"
 
 quick: $(READY) lint
 	@echo "== Quick tests"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest $(WORKERS)
 
 lint: $(READY)
 	@echo "== ruff"
