@@ -10,9 +10,9 @@ import numpy as np
 import tyro
 
 from models import GraftError
-from pipelines.batch import BATCH, READ_FROM, csv_rows, files_reader, input_rows, label_of, print_answers
+from pipelines.batch import READ_FROM, answers_of, csv_rows, files_reader, input_rows, label_of, print_answers
 from pipelines.batch_texts import input_names, text_rows, texts_reader
-from pipelines.console import console, progress_bar
+from pipelines.console import console
 from serving.client import TIMEOUT_S, Client
 
 INPUTS = {  # inputs of serving_default -> what an export of Graft's says of itself there
@@ -98,32 +98,6 @@ def what_to_ask(config, details: dict) -> tuple[list[dict], object, str]:
         raise GraftError("--text: this model takes images. Give image files, a folder, or a CSV file.")
     rows = input_rows(config.inputs)
     return rows, files_reader([row.pop(READ_FROM) for row in rows]), "path"
-
-
-def answers_of(model, count: int, read) -> list[dict]:
-    """Answers of a Session or a Client, one per example, as `pipelines.batch.ask` gives them.
-
-    Args:
-        read: (start, stop) -> the inputs of these examples by name, and the error of each.
-    """
-    answers = []
-    with progress_bar() as bar:
-        task = bar.add_task("answers", total=count, note="")
-        for start in range(0, count, BATCH):
-            asked, errors = read(start, start + BATCH)
-            outputs = model.run("serving_default", asked)
-            for index, read_error in enumerate(errors):
-                answers.append(
-                    {
-                        "labels": [label.decode() for label in outputs["labels"][index]],
-                        "scores": outputs["scores"][index],
-                        "probabilities": outputs["probabilities"][index],
-                        "chosen": outputs["chosen"][index] if "chosen" in outputs else None,
-                        "error": read_error or outputs["error"][index].decode(),
-                    }
-                )
-            bar.update(task, advance=len(errors))
-    return answers
 
 
 def names_of(answers: list[dict]) -> list[str]:

@@ -134,7 +134,15 @@ def files_reader(paths: list[pathlib.Path]):
 
 
 def ask(version: pathlib.Path, count: int, read) -> list[dict]:
-    """Answers of the exported model, one per example: labels, scores, probabilities, chosen, error.
+    """Answers of the exported model in a version folder, as `answers_of` gives them."""
+    from serving.session import Session
+
+    with Session(version) as session:
+        return answers_of(session, count, read)
+
+
+def answers_of(model, count: int, read) -> list[dict]:
+    """Answers of a Session or a Client, one per example: labels, scores, probabilities, chosen, error.
 
     chosen is None for a model that gives one label. An example that cannot be read gets its error and no label;
     its neighbours are not affected.
@@ -142,14 +150,12 @@ def ask(version: pathlib.Path, count: int, read) -> list[dict]:
     Args:
         read: (start, stop) -> the inputs of these examples by name, and the error of each.
     """
-    from serving.session import Session
-
     answers = []
-    with Session(version) as session, progress_bar() as bar:
+    with progress_bar() as bar:
         task = bar.add_task("answers", total=count, note="")
         for start in range(0, count, BATCH):
             asked, errors = read(start, start + BATCH)
-            outputs = session.run("serving_default", asked)
+            outputs = model.run("serving_default", asked)
             for index, read_error in enumerate(errors):
                 answers.append(
                     {

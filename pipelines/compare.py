@@ -13,12 +13,11 @@ from rich.markup import escape
 
 from models import GraftError
 from pipelines import runs
-from pipelines.ask import AskConfig, answers_of, inputs_of, names_of, what_to_ask
-from pipelines.batch import read_details, short
-from pipelines.batch_texts import labelled_texts, shortened
+from pipelines.ask import AskConfig, inputs_of, names_of, what_to_ask
+from pipelines.batch import answers_of, read_details, short
+from pipelines.batch_texts import shortened
 from pipelines.console import console
-from pipelines.rescore import name_of, reader_of
-from pipelines.sources import find_images
+from pipelines.rescore import find_labelled, name_of, reader_of
 from serving.client import Client, is_url
 
 OVER = 3  # exit code: a limit is exceeded
@@ -128,12 +127,7 @@ def examples_of(config: CompareConfig, details: dict) -> tuple[list[dict], objec
         columns = {"text_column": config.text_column, "second_column": config.second_column or "text_b"}
         rows, read, column = what_to_ask(AskConfig("", (config.data,), **columns), details)
         return [{"example": row[column]} for row in rows], read
-    if "pairs" in details:
-        found = labelled_texts(config, details)
-    else:
-        found = find_images(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
-    if any(example.split for example in found):
-        found = [example for example in found if example.split == "test"] or found
+    found = find_labelled(config, details)
     return [{"example": name_of(e), "true": "|".join(sorted(e.labels))} for e in found], reader_of(found, details)
 
 

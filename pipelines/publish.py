@@ -42,6 +42,9 @@ class PublishConfig:
     stable. A server that reads the file answers /labels/stable and /labels/canary."""
     server_folder: str = "/models"
     """Where the server finds the repository, for a models.config that lacks the model; as in the Docker image."""
+    batch_sizes: tuple[int, ...] = ()
+    """The only batch sizes to form, filling others up to the next one, as suits GPUs: 1 8 32 (none: any up to 32). For
+    the warm-up requests, and for a server with --enable_per_model_batching_parameters."""
     warmup_from: tuple[str, ...] = ()
     """Real inputs for the warm-up requests, which are published with the model: images, folders of images, .txt files
     or a CSV file (none: made up)."""
@@ -88,6 +91,7 @@ def publish_run(argv: list[str]) -> int:
             keep=config.keep,
             label="" if config.label == "none" else config.label,
             server_folder=config.server_folder,
+            batch_sizes=config.batch_sizes,
         )
     if done["before"] is not None and not done["compared"]:
         console.print(

@@ -125,7 +125,7 @@ def reader_of(found: list, details: dict):
 
 
 def labelled_files(config: EvaluateConfig, details: dict) -> list:
-    """The labelled examples to score: the test part where the data has one.
+    """The labelled examples to score, checked against what the model knows.
 
     Raises:
         GraftError: no usable data, classes that the model does not know, several labels per image for a model that
@@ -140,12 +140,7 @@ def labelled_files(config: EvaluateConfig, details: dict) -> list:
             f"needs exactly one of two. Leave the flag out: the report has precision and recall of every class."
         )
     check_positive(config.positive or None, config.specificity, class_names)
-    if "pairs" in details:
-        found = labelled_texts(config, details)
-    else:
-        found = find_images(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
-    if any(example.split for example in found):
-        found = [example for example in found if example.split == "test"] or found
+    found = find_labelled(config, details)
     unknown = sorted({label for example in found for label in example.labels} - set(class_names))
     if unknown:
         raise GraftError(
@@ -158,6 +153,17 @@ def labelled_files(config: EvaluateConfig, details: dict) -> list:
             f"--data {config.data}: {name_of(several)} has the labels {'|'.join(several.labels)}, but the model was "
             f"trained to give one. Give data with one label each, or train on data with several."
         )
+    return found
+
+
+def find_labelled(config, details: dict) -> list:
+    """The labelled examples of --data, images or texts as the model takes: the test part where the data has one."""
+    if "pairs" in details:
+        found = labelled_texts(config, details)
+    else:
+        found = find_images(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
+    if any(example.split for example in found):
+        found = [example for example in found if example.split == "test"] or found
     return found
 
 

@@ -1,10 +1,8 @@
-"""What a running SavedModel answers: the last two steps of `serving/verify.py`."""
+"""What a running SavedModel answers: the third step of `serving/verify.py`, and what holds for every answer."""
 
 from __future__ import annotations
 
 import json
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +11,8 @@ from serving.static_checks import CheckFailed
 
 LABELS_FILE = "assets.extra/labels.txt"
 DETAILS_FILE = "assets.extra/graft.json"
-ROW_TOLERANCE = 1e-5  # per largest value of the output or 1: kernels sum in another order for other sizes
-ROWS = 3  # the largest batch of the last step
+ROWS = 3  # different items that the later steps put into batches
 BATCH = 16  # samples per call where answers are compared
-BAD_ITEM = b"\xff\x00 no supported input starts like this"
-MADE_SIZE = 48  # for unknown dimensions other than the batch, in made-up inputs
 
 
 def check_answers(session, samples, expected, tolerance, class_names, thresholds=None) -> tuple[float, list[bytes]]:
@@ -25,7 +20,7 @@ def check_answers(session, samples, expected, tolerance, class_names, thresholds
 
     `thresholds` [classes] float32 are those of a multi-label model: what it chooses must fit its probabilities, so
     that it is what training chooses, but for a probability within `tolerance` of its threshold.
-    Also returns up to ROWS samples that have no error, for the next step.
+    Also returns up to ROWS samples that have no error, for the next steps.
     """
     if not samples:
         return 0.0, []
@@ -66,37 +61,6 @@ def input_columns(inputs, samples) -> dict[str, list[bytes]]:
     if not isinstance(samples[0], tuple):
         samples = [(sample,) for sample in samples]
     return dict(zip(sorted(inputs), map(list, zip(*samples, strict=True)), strict=True))
-
-
-def check_rows(session, signature, samples, class_names, thresholds=None) -> float:
-    """Run a signature with 0 to ROWS rows, compare with single rows, return the largest difference.
-
-    Where it takes strings, a bad item in the middle must leave its neighbours' rows as they are.
-    """
-    inputs = session.signatures[signature]["inputs"]
-    texts = [name for name in inputs if inputs[name][0] == "string"]
-    known = input_columns(texts, samples) if texts and samples else {}
-    rows = {name: made_rows(name, *inputs[name], known.get(name, [])) for name in inputs}
-
-    def run(*order):
-        chosen = {name: rows[name][list(order)] for name in rows}
-        return run_checked(session, signature, chosen, class_names, thresholds)
-
-    singles = [run(row) for row in range(ROWS)]
-    largest = 0.0
-    for count in range(ROWS + 1):
-        what = f"signature {signature}, {count} rows"
-        largest = max(largest, compare_rows(what, run(*range(count)), singles, range(count)))
-    for name in texts:
-        rows[name][1] = BAD_ITEM
-    if texts:
-        answer = run(0, 1, 2)
-        what = f"signature {signature}, a bad item between two good ones"
-        largest = max(largest, compare_rows(what, answer, singles, (0, 2)))
-        # A text may be anything; bytes of a file have a format, and these have none.
-        if "error" in answer and texts[0].endswith("_bytes") and not answer["error"][1]:
-            raise CheckFailed(f"{what}: the output error is empty for it, expected the reason")
-    return largest
 
 
 def run_checked(session, signature, inputs, class_names, thresholds) -> dict:
@@ -175,56 +139,6 @@ def check_chosen(signature, outputs, thresholds) -> None:
             f"signature {signature}, row {row}: chosen {chosen[row].tolist()} does not fit its probabilities "
             f"{probabilities[row].tolist()} and the thresholds {thresholds.tolist()} of {DETAILS_FILE}"
         )
-
-
-def compare_rows(what: str, outputs: dict, singles: list[dict], rows) -> float:
-    """Largest difference between rows of a batch and the same rows answered singly.
-
-    Of floats, per largest absolute value or 1; everything else must be equal, but for labels and choices,
-    which may turn on the last bit and which `run_checked` has compared with the scores.
-    """
-    largest = 0.0
-    for name in outputs.keys() - {"labels", "chosen"}:
-        for row in rows:
-            batched, single = outputs[name][row], singles[row][name][0]
-            if np.asarray(batched).dtype.kind == "f":
-                difference = np.max(np.abs(batched - single), initial=0.0)
-                difference = float(difference / max(1.0, np.max(np.abs(single), initial=0.0)))
-                differs = difference > ROW_TOLERANCE
-            else:
-                difference, differs = 0.0, not np.array_equal(batched, single)
-            largest = max(largest, difference)
-            if differs:
-                raise CheckFailed(
-                    f"{what}: output {name}: row {row} differs from the same item alone (difference "
-                    f"{difference:.2g}, allowed {ROW_TOLERANCE:.0g}). Rows must not depend on each other"
-                )
-    return largest
-
-
-def made_rows(name: str, dtype: str, shape: tuple, samples: list[bytes]) -> np.ndarray:
-    """ROWS rows for an input: the samples where it takes strings and there are any, else made up."""
-    if dtype == "string":
-        made = [made_png(row) if name == "image_bytes" else b"made up %d" % row for row in range(ROWS)]
-        return np.array([samples[row % len(samples)] for row in range(ROWS)] if samples else made, object)
-    generator = np.random.default_rng(0)
-    shape = [ROWS, *(MADE_SIZE if size is None else size for size in shape[1:])]
-    largest = 256 if dtype.startswith("float") else 2
-    return generator.uniform(0, largest, shape).astype(dtype)
-
-
-def made_png(seed: int, side: int = 64) -> bytes:
-    """A PNG of side x side random RGB pixels (PNG specification, third edition, section 5)."""
-
-    def chunk(kind, data):
-        checksum = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-
-    pixels = np.random.default_rng(seed).integers(0, 256, [side, side * 3], np.uint8)
-    lines = b"".join(b"\0" + line.tobytes() for line in pixels)
-    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    chunks = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + chunks
 
 
 def read_class_names(folder) -> list[str]:

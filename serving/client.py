@@ -16,11 +16,12 @@ import urllib.parse
 import numpy as np
 
 from models import GraftError
+from serving.config import MAX_BATCH_SIZE
 from serving.runtime import input_array
 from serving.session import SessionError
 from serving.transports import Grpc, Rest, ServerError, TryAgain
 
-MOST_ROWS = 32  # of a request; the most that serving/deploy/config/batching_params.pbtxt allows
+MOST_ROWS = MAX_BATCH_SIZE  # of a request: the server refuses more where it joins requests to batches
 MOST_BYTES = 16 << 20  # of a request's inputs, where it has more than one row
 TIMEOUT_S = 30.0  # for one request; the server's own default limit over REST
 TRIES = 5  # of a request to a server that is busy or away

@@ -20,9 +20,11 @@ from models import GraftError
 from serving.runtime import import_protos
 
 MODELS_FILE = "models.config"  # in the folder that holds the models' folders
+MONITORING_FILE = "monitoring.config"  # there too
 BATCHING_FILE = "batching_params.pbtxt"  # in a version's folder, for --enable_per_model_batching_parameters
-ALLOWED_BATCH_SIZES = (1, 2, 4, 8, 16, 32)
-BATCH_TIMEOUT_MICROS = 1000  # how long a request waits for company
+MAX_BATCH_SIZE = 32  # rows of a batch, and of a request: a larger one is refused
+BATCH_SIZES = (1, 2, 4, 8, 16, MAX_BATCH_SIZE)  # that are tried: rows of the warm-up requests, and in verification
+BATCH_TIMEOUT_MICROS = 0  # nobody waits for company: what came while all threads were busy is the next batch
 MAX_ENQUEUED_BATCHES = 100  # more is refused as unavailable
 METRICS_PATH = "/monitoring/prometheus/metrics"  # on the REST port
 STABLE = "stable"  # the label of the version that answers
@@ -56,27 +58,35 @@ def check_name(name: str) -> str:
     return name
 
 
-def batching_parameters(sizes=ALLOWED_BATCH_SIZES, timeout_micros=BATCH_TIMEOUT_MICROS):
-    """How requests are joined to batches, as the server's proto. The number of threads is left to the server.
+def batching_parameters(sizes=(), threads: int | None = None):
+    """How requests are joined to batches, as the server's proto.
 
-    sizes: allowed batch sizes, increasing; a batch is padded to the next one. Raises GraftError where they are not.
+    Args:
+        sizes: the only batch sizes to form, increasing; others are filled up to the next one. That suits GPUs, which
+            prepare for every size anew; CPUs would only compute the filling. None: any size up to MAX_BATCH_SIZE.
+        threads: batches that are computed at a time (None: the server takes as many as the machine has CPUs).
+
+    Raises GraftError for sizes that the server would refuse.
     """
     sizes = list(sizes)
-    if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1:
+    if sizes and (sizes != sorted(set(sizes)) or sizes[0] < 1):
         raise GraftError(f"batch sizes {sizes}: expected increasing numbers from 1 on, such as 1 2 4 8")
     parameters = message("BatchingParameters")
-    parameters.max_batch_size.value = sizes[-1]  # must equal the last one, or the server refuses to load
-    parameters.batch_timeout_micros.value = timeout_micros
+    # The last allowed size, or the server refuses to load.
+    parameters.max_batch_size.value = sizes[-1] if sizes else MAX_BATCH_SIZE
+    parameters.batch_timeout_micros.value = BATCH_TIMEOUT_MICROS
     parameters.max_enqueued_batches.value = MAX_ENQUEUED_BATCHES
     parameters.allowed_batch_sizes.extend(sizes)
+    if threads:
+        parameters.num_batch_threads.value = threads
     return parameters
 
 
-def monitoring_config(path: str = METRICS_PATH):
-    """Metrics for Prometheus at `path` of the REST port, as the server's proto."""
+def monitoring_config():
+    """Metrics for Prometheus at METRICS_PATH of the REST port, as the server's proto."""
     config = message("MonitoringConfig")
     config.prometheus_config.enable = True
-    config.prometheus_config.path = path
+    config.prometheus_config.path = METRICS_PATH
     return config
 
 

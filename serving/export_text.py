@@ -9,7 +9,8 @@ import tensorflow as tf
 
 from models.backbone import TextPreprocess
 from models.text_inputs import read_texts
-from serving.export import check_class_names, class_outputs, write_archive, write_assets
+from serving.export import check_class_names, class_outputs, network, write_archive, write_assets
+from serving.folding import MATRICES, as_variables
 
 
 def export_text_classifier(
@@ -20,7 +21,7 @@ def export_text_classifier(
     details: dict | None = None,
     thresholds=None,
     pairs: bool = False,
-) -> None:
+) -> dict:
     """Write `model` (a models.classifier.Classifier) into `folder` as a SavedModel for strings.
 
     Signatures, n being unknown and rows independent of each other:
@@ -31,13 +32,15 @@ def export_text_classifier(
     Args:
         preprocess: None where the model takes strings itself (a TF-Hub module).
 
-    Tokenisation is part of the graph. `assets.extra` gets labels.txt and graft.json, as there.
-    Nothing from the training set is written. Raises GraftError for a class name that is no line of text.
+    Tokenisation is part of the graph; weights stay variables. `assets.extra` gets labels.txt and graft.json, and what
+    is returned says what became of the weights, as there. Nothing from the training set is written. Raises GraftError
+    for a class name that is no line of text.
     """
     class_names = check_class_names(model, class_names, thresholds)
+    run = network(model)
 
-    def apply(function, texts):
-        """Texts, one or two of [n] string -> float32 [n, ...] and the errors [n] string, all empty.
+    def apply(texts):
+        """Texts, one or two of [n] string -> features and probabilities, float32 [n, ...].
 
         A row is lent where there are none: not every op of an encoder takes an empty batch.
         """
@@ -48,15 +51,16 @@ def export_text_classifier(
             inputs = read_texts(
                 tf.concat([texts[0], lent], 0), preprocess, *(tf.concat([text, lent], 0) for text in texts[1:])
             )
-        results = tf.cast(function(inputs, training=False), tf.float32)[:count]
-        return results, tf.fill([count], "")
+        return [values[:count] for values in run(*tf.nest.flatten(inputs))]
+
+    def no_errors(texts):
+        return tf.fill(tf.shape(texts[0]), "")
 
     def serve_texts(*texts):
-        return class_outputs(model, *apply(model, texts), class_names, thresholds)
+        return class_outputs(apply(texts)[1], no_errors(texts), class_names, thresholds)
 
     def serve_features(*texts):
-        features, errors = apply(model.features, texts)
-        return {"features": features, "error": errors}
+        return {"features": apply(texts)[0], "error": no_errors(texts)}
 
     names = ("text_a", "text_b") if pairs else ("text",)
     specs = [tf.TensorSpec([None], tf.string, name=name) for name in names]
@@ -65,4 +69,7 @@ def export_text_classifier(
     write_archive(folder, endpoints, tracked=[preprocess.tokenizer if preprocess else model])
     fields = dataclasses.fields(preprocess) if preprocess else ()
     facts = {field.name: getattr(preprocess, field.name) for field in fields if field.name != "tokenizer"}
-    write_assets(folder, model, class_names, thresholds, {**(details or {}), "preprocess": facts, "pairs": pairs})
+    weights = as_variables([weight.value for weight in [*model.encoder.weights, *model.head.weights]], MATRICES)
+    known = {"preprocess": facts, "pairs": pairs, "weights": weights}
+    write_assets(folder, model, class_names, thresholds, {**(details or {}), **known})
+    return weights

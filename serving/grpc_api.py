@@ -1,11 +1,13 @@
 """TF Serving's gRPC interface: Predict, GetModelMetadata and GetModelStatus, with the official protos.
 
+Classify, Regress and MultiInference refuse what the real server refuses: every signature that is not made for them.
 The other methods answer UNIMPLEMENTED.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,27 +16,24 @@ import grpc
 import numpy as np
 
 from serving.metrics import Metrics
-from serving.models_table import DEFAULT_SIGNATURE, ModelsTable, RequestError, run_signature
-from serving.rest_json import MOST_DIMENSIONS, TYPE_NAMES
-from serving.runtime import DTYPES, import_protos
+from serving.models_table import (
+    DEFAULT_SIGNATURE,
+    NO_NAME,
+    ModelsTable,
+    RequestError,
+    refuse_examples,
+    run_signature,
+)
+from serving.rest_json import TYPE_NAMES
+from serving.runtime import import_protos
+from serving.tensors import STRING, read_tensor, write_tensor
 
 MOST_MESSAGE_CHARACTERS = 1024  # of an error, as in the server
-MOST_TENSOR_BYTES = 1 << 30  # a shape may ask for more than its message holds: missing values are filled in
-FIELDS = {  # numpy dtype -> field of TensorProto (tensorflow/core/framework/tensor.proto)
-    "float32": "float_val",
-    "float64": "double_val",
-    "float16": "half_val",
-    "int32": "int_val",
-    "int16": "int_val",
-    "int8": "int_val",
-    "uint8": "int_val",
-    "int64": "int64_val",
-    "uint32": "uint32_val",
-    "uint64": "uint64_val",
-    "bool": "bool_val",
-    "object": "string_val",
-}
-STRING = 7  # DT_STRING
+# Of a tensor that has more values than its message has bytes: a few bytes must not ask for gigabytes, or seconds.
+MOST_FILLED_NUMBERS, MOST_FILLED_STRINGS = 1 << 24, 1 << 16
+LARGEST_SHAPE = 1 << 59  # values; more overflow the bytes of an array, even of one that is empty
+LONGEST_DEADLINE_SECONDS = 1e9  # gRPC's own word for none is further away
+EXAMPLE_METHODS = {"tensorflow/serving/classify": "classify", "tensorflow/serving/regress": "regress"}
 
 
 def start_grpc(
@@ -60,7 +59,19 @@ def start_grpc(
     class Prediction(prediction.PredictionServiceServicer):
         def Predict(self, request, context):
             with errors_as_status(context):
-                return predict(table, metrics, request, predict_pb2.PredictResponse())
+                return predict(table, metrics, request, predict_pb2.PredictResponse(), deadline_of(context))
+
+        def Classify(self, request, context):
+            with errors_as_status(context):
+                refuse_task(table, request, "classify")
+
+        def Regress(self, request, context):
+            with errors_as_status(context):
+                refuse_task(table, request, "regress")
+
+        def MultiInference(self, request, context):
+            with errors_as_status(context):
+                refuse_tasks(table, request)
 
         def GetModelMetadata(self, request, context):
             with errors_as_status(context):
@@ -71,6 +82,7 @@ def start_grpc(
             with errors_as_status(context):
                 return status(table, request, status_pb2.GetModelStatusResponse())
 
+    logging.getLogger("grpc._common").setLevel(logging.CRITICAL)  # else bytes that are no message print a traceback
     server = grpc.server(
         ThreadPoolExecutor(threads, thread_name_prefix="grpc"),
         options=[
@@ -99,6 +111,14 @@ def errors_as_status(context):
         context.abort(grpc.StatusCode[error.code], message)
 
 
+def deadline_of(context) -> float | None:
+    """When the client stops waiting, as time.monotonic(); None where it never does."""
+    remaining = context.time_remaining()
+    if remaining is None or remaining > LONGEST_DEADLINE_SECONDS:
+        return None
+    return time.monotonic() + remaining
+
+
 def invalid(message: str) -> RequestError:
     return RequestError("INVALID_ARGUMENT", message)
 
@@ -113,8 +133,8 @@ def model_spec(request) -> tuple[str, int | None, str | None]:
     return spec.name, number, spec.version_label if choice == "version_label" else None
 
 
-def predict(table: ModelsTable, metrics: Metrics, request, response):
-    """Fill a PredictResponse; raises RequestError."""
+def predict(table: ModelsTable, metrics: Metrics, request, response, deadline: float | None = None):
+    """Fill a PredictResponse; raises RequestError, DEADLINE_EXCEEDED where it is not done by `deadline`."""
     started, code = time.perf_counter(), "INTERNAL"
     try:
         name, number, label = model_spec(request)
@@ -126,7 +146,7 @@ def predict(table: ModelsTable, metrics: Metrics, request, response):
             feeds = {key: info.name for key, info in version.signature_defs[signature].inputs.items()}
             inputs = read_inputs(request.inputs, known["inputs"], feeds)
             wanted = chosen_outputs(request.output_filter, known["outputs"])
-            outputs = run_signature(version, signature, inputs)
+            outputs = run_signature(version, signature, inputs, deadline)
         response.model_spec.name, response.model_spec.signature_name = name, signature
         response.model_spec.version.value = found
         for key in wanted:
@@ -158,7 +178,7 @@ def read_inputs(tensors, inputs: dict, feeds: dict[str, str]) -> dict[str, np.nd
                 f"provided. Inputs expected to be in the request {{{','.join(sorted(sent))}}}, or default input alias "
                 f"set: "
             )
-        arrays[name] = read_tensor(tensors[name])
+        arrays[name] = None if asks_too_much(tensors[name]) else read_tensor(tensors[name])
         if arrays[name] is None:
             raise invalid(f"tensor parsing error: {name}")
         given = "string" if arrays[name].dtype.kind == "O" else arrays[name].dtype.name
@@ -166,6 +186,38 @@ def read_inputs(tensors, inputs: dict, feeds: dict[str, str]) -> dict[str, np.nd
             expected, given = (TYPE_NAMES.get(dtype, dtype) for dtype in (inputs[name][0], given))
             raise invalid(f"Expects arg[{at}] to be {expected} but {given} is provided")
     return arrays
+
+
+def asks_too_much(tensor) -> bool:
+    """Whether a shape overflows, or has more values than the message bytes: those that are missing repeat the last."""
+    sizes = [dimension.size for dimension in tensor.tensor_shape.dim]
+    if math.prod(max(size, 1) for size in sizes) > LARGEST_SHAPE:
+        return True
+    most = MOST_FILLED_STRINGS if tensor.dtype == STRING else MOST_FILLED_NUMBERS
+    return math.prod(sizes) > max(most, tensor.ByteSize())
+
+
+def refuse_task(table: ModelsTable, request, method: str) -> None:
+    """Raise what a request with tf.Example gets; method: "classify" or "regress"."""
+    signature = request.model_spec.signature_name or DEFAULT_SIGNATURE
+    with table.acquire(*model_spec(request)) as (_, version):
+        if signature not in version.signature_defs:
+            raise invalid(f"No signature was found with the name: {signature}")
+        raise refuse_examples(version.signature_defs[signature], method)
+
+
+def refuse_tasks(table: ModelsTable, request) -> None:
+    """Raise what a MultiInferenceRequest gets (multi_inference.cc)."""
+    if not request.tasks or not request.tasks[0].HasField("model_spec"):
+        raise invalid(NO_NAME)
+    task = request.tasks[0]
+    with table.acquire(*model_spec(task)) as (_, version):
+        signature = task.model_spec.signature_name or DEFAULT_SIGNATURE
+        if signature not in version.signature_defs:
+            raise invalid(f"Requested signature not found in model graph: {signature}")
+        if task.method_name not in EXAMPLE_METHODS:
+            raise RequestError("UNIMPLEMENTED", f"Unsupported signature method_name: {task.method_name}")
+        raise refuse_examples(version.signature_defs[signature], EXAMPLE_METHODS[task.method_name])
 
 
 def chosen_outputs(output_filter, outputs: dict) -> list[str]:
@@ -181,42 +233,6 @@ def chosen_outputs(output_filter, outputs: dict) -> list[str]:
             raise invalid(f"duplicate output tensor alias: {name}")
         chosen.append(name)
     return chosen or sorted(outputs)
-
-
-def read_tensor(tensor) -> np.ndarray | None:
-    """A TensorProto -> an array, strings as objects; None for one that makes no sense (Tensor::FromProto)."""
-    shape = [dimension.size for dimension in tensor.tensor_shape.dim]
-    dtype = np.dtype(object) if tensor.dtype == STRING else DTYPES.get(tensor.dtype)
-    if dtype is None or tensor.tensor_shape.unknown_rank or any(size < 0 for size in shape):
-        return None
-    count = math.prod(shape)
-    if count * dtype.itemsize > MOST_TENSOR_BYTES or len(shape) > MOST_DIMENSIONS:
-        return None
-    if tensor.tensor_content and dtype.kind != "O":
-        if len(tensor.tensor_content) != count * dtype.itemsize:
-            return None
-        return np.frombuffer(tensor.tensor_content, dtype).reshape(shape)
-    values = list(getattr(tensor, FIELDS[dtype.name])[:count])
-    # Values that are missing repeat the last one; where there is none at all they are zero.
-    missing = count - len(values)
-    last = values[-1:] or [b"" if dtype.kind == "O" else 0]
-    if dtype.kind == "O":
-        array = np.empty(count, object)
-        array[:] = values + last * missing
-        return array.reshape(shape)
-    carrier = {"half_val": np.uint16, "int_val": np.int64}.get(FIELDS[dtype.name], dtype)
-    array = np.concatenate([np.array(values, carrier), np.full(missing, last[0], carrier)])
-    return (array.view(dtype) if dtype == np.float16 else array.astype(dtype)).reshape(shape)
-
-
-def write_tensor(array: np.ndarray, tensor) -> None:
-    """Fill a TensorProto with an array, in typed fields as the server does."""
-    names = {dtype: code for code, dtype in DTYPES.items()}
-    tensor.dtype = STRING if array.dtype.kind == "O" else names[array.dtype]
-    for size in array.shape:
-        tensor.tensor_shape.dim.add(size=size)
-    values = array.view(np.uint16) if array.dtype == np.float16 else array
-    getattr(tensor, FIELDS[array.dtype.name]).extend(values.ravel().tolist())
 
 
 def metadata(table: ModelsTable, request, metadata_pb2):

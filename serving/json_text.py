@@ -25,6 +25,7 @@ PARSE_ERRORS = {  # beginning of Python's message -> rapidjson's (rapidjson/erro
     "Invalid \\": "Invalid escape character in string.",
 }
 _STRING = r'"[^"\\]*(?:\\.[^"\\]*)*"'  # a JSON string
+_ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|.)", re.S)
 _TO_ESCAPE = re.compile(r'["\\\x00-\x1f]')
 _ESCAPES = {'"': '\\"', "\\": "\\\\", "\b": "\\b", "\f": "\\f", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -70,6 +71,7 @@ def parse_leniently(body: bytes):
     start = len(text) - len(text.lstrip(" \t\r\n"))
     if start == len(text):
         raise parse_error("The document is empty.", text, start)
+    check_surrogates(text)
     decoder = json.JSONDecoder(parse_float=read_float, parse_int=read_integer)
     try:
         return decoder.raw_decode(text, start)[0]
@@ -78,6 +80,22 @@ def parse_leniently(body: bytes):
         raise parse_error(server_words(error.msg, text, position), text, position) from error
     except RecursionError as error:
         raise invalid("JSON Parse error: lists or objects are nested too deeply") from error
+
+
+def check_surrogates(text: str) -> None:
+    """RequestError for half of a pair of escapes: no character, and no bytes that an answer could repeat."""
+    high = None  # the first half, where the second must follow
+    for found in _ESCAPE.finditer(text):
+        code = int(found[1], 16) if found[1] else 0
+        is_low = 0xDC00 <= code <= 0xDFFF
+        if high and not (is_low and found.start() == high.end()):
+            break
+        if is_low and not high:
+            high = found
+            break
+        high = found if 0xD800 <= code < 0xDC00 else None
+    if high:
+        raise parse_error("The surrogate pair in string is invalid.", text, high.start())
 
 
 def server_words(message: str, text: str, position: int) -> str:

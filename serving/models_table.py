@@ -19,6 +19,8 @@ from serving.runtime import SessionError, import_protos
 from serving.session import Session
 
 DEFAULT_SIGNATURE = "serving_default"
+TIMED_OUT = "Timed out waiting for notification"  # what the runtime says
+NO_NAME = "ModelSpec has no name specified."
 
 
 class RequestError(Exception):
@@ -37,7 +39,7 @@ class Version:
     error: tuple[str, str] = ("OK", "")  # code and message of a load that failed
     session: Session | None = None
     signature_defs: dict | None = None  # {name: SignatureDef proto}, with the one for TensorFlow's own init op
-    run: Callable | None = None  # (signature, {input: array}) -> {output: array}
+    run: Callable | None = None  # as Session.run
     stop: Callable | None = None  # ends the threads behind `run`
     users: int = 0  # requests in progress
     attempts: int = 0
@@ -72,6 +74,8 @@ class ModelsTable:
                 self._changed.notify_all()
 
     def _find(self, name, number, label) -> tuple[int, Version]:
+        if not name:
+            raise RequestError("INVALID_ARGUMENT", NO_NAME)
         if label is not None:
             number = self._labels.get(name, {}).get(label)
             if number is None:
@@ -98,6 +102,10 @@ class ModelsTable:
     def knows(self, name: str) -> bool:
         """Whether a model of this name is configured."""
         return name in self._versions
+
+    def names(self) -> list[str]:
+        """The configured models, in their order."""
+        return [model.name for model in self._models]
 
     def configure(self, models) -> None:
         """Serve what these ModelConfig protos say, from the next `poll` on."""
@@ -177,7 +185,7 @@ class ModelsTable:
             with self._changed:
                 version.attempts += 1
                 version.retry_at = time.monotonic() + self._retry_seconds
-                version.error = ("UNKNOWN", str(error))
+                version.error = (getattr(error, "code", "UNKNOWN"), str(error))
                 if version.attempts > self._retries:
                     version.state = "END"  # for good: the same files would fail again
             return
@@ -200,14 +208,44 @@ class ModelsTable:
             version.state = "END"
 
 
-def run_signature(version: Version, signature: str, inputs: dict) -> dict:
-    """Run, with the runtime's own message as RequestError where it refuses."""
+def run_signature(version: Version, signature: str, inputs: dict, deadline: float | None = None) -> dict:
+    """Run until `deadline` (time.monotonic(); None: to the end), with the runtime's own message as RequestError."""
+    remaining = None if deadline is None else deadline - time.monotonic()
+    if remaining is not None and remaining <= 0:
+        raise RequestError("DEADLINE_EXCEEDED", TIMED_OUT)  # nobody waits for the answer any more
     try:
-        return version.run(signature, inputs)
+        return version.run(signature, inputs, remaining)
     except SessionError as error:
         # The session says where; a client of the server gets only what the runtime said.
         message = str(error).removeprefix(f"{version.session.folder}: signature {signature}: ")
-        raise RequestError("INVALID_ARGUMENT", message) from error
+        raise RequestError(error.code, message) from error
+
+
+def refuse_examples(signature_def, method: str) -> RequestError:
+    """What Classify or Regress get, whose requests hold tf.Example, from a signature (classifier.cc, regressor.cc).
+
+    The signatures of Graft's models are not for them, and the real server says why. Those that are go unanswered.
+    """
+    outputs = signature_def.outputs
+    classify, kind = method == "classify", "classification" if method == "classify" else "regression"
+    if len(signature_def.inputs) != 1:
+        message = "Expected one input Tensor."
+    elif classify and len(outputs) not in (1, 2):
+        message = f"Expected one or two output Tensors, found {len(outputs)}"
+    elif not classify and len(outputs) != 1:
+        message = "Expected one output Tensor."
+    elif "inputs" not in signature_def.inputs:
+        message = f"No {kind} inputs found in SignatureDef: {signature_def}"
+    elif classify and not {"classes", "scores"} & set(outputs):
+        message = (
+            'Expected classification signature outputs to contain at least one of "classes" or "scores". '
+            f"Signature was: {signature_def}"
+        )
+    elif not classify and "outputs" not in outputs:
+        message = f"No regression outputs found in SignatureDef: {signature_def}"
+    else:
+        return RequestError("UNIMPLEMENTED", f"{method}: the embedded server only answers predict")
+    return RequestError("INVALID_ARGUMENT", message)
 
 
 def version_folders(base_path) -> dict[int, Path]:

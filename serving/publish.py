@@ -8,40 +8,43 @@ next one is compared with.
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import json
 import os
-import secrets
 import shutil
-import time
 from pathlib import Path
 
 from models import GraftError
 from serving.config import (
-    ALLOWED_BATCH_SIZES,
+    BATCH_SIZES,
     BATCHING_FILE,
-    MODELS_FILE,
     STABLE,
     batching_parameters,
     check_name,
-    chosen_versions,
     find_model,
     labels_of,
     locked,
     read_models,
-    set_labels,
     write_config,
+)
+from serving.new_version import next_version, publish_version
+from serving.repository import (
+    SERVER_FOLDER,
+    check_choice_is_open,
+    delete_older,
+    labels_with,
+    move_label,
+    remove_leftovers,
+    served_version,
+    version_folders,
 )
 from serving.runtime import SessionError
 from serving.static_checks import CheckFailed
 from serving.verify import VerificationError, verify
-from serving.warmup import replay_warmup, write_warmup
+from serving.warmup import WARMUP_FILE, replay_warmup, write_warmup
 
 RUN_FILE = "assets.extra/run.json"
-SERVER_FOLDER = "/models"  # where the server's Docker image looks for models
 FEWEST_KEPT = 2  # the server answers with the version before until it has loaded the newest
-LEFTOVER_SECONDS = 24 * 3600  # a temporary folder this old belongs to a publisher that was killed
 
 
 def publish(
@@ -55,7 +58,7 @@ def publish(
     keep: int = 0,
     label: str = "",
     server_folder: str = SERVER_FOLDER,
-    batch_sizes=ALLOWED_BATCH_SIZES,
+    batch_sizes=(),
 ) -> tuple[Path, dict]:
     """Publish the version folder `source` as the next number of REPOSITORY/NAME.
 
@@ -71,6 +74,8 @@ def publish(
             where there are none.
         keep: delete all but the latest so many; never what has a label, or what models.config names. 0: keep all.
         label: also give the version this label in models.config.
+        batch_sizes: the only batch sizes that a server is to form, for batching_params.pbtxt and the warm-up requests
+            (none: any up to 32, and warm-up requests of 1, 2, 4, ... rows).
 
     Returns:
         The version's folder, and what was checked and done: as `serving.verify.verify` says, and "warmup_requests",
@@ -78,11 +83,10 @@ def publish(
         (whether both were measured on the same test set).
 
     Raises:
-        GraftError: a name that no URL holds, a version that is worse, a full disk.
+        GraftError: a name that no URL holds, a version that is worse, a label that the server would refuse, a full
+            disk.
         VerificationError: not fit to serve.
     """
-    from serving.export import publish_version  # imports TensorFlow, which the other commands do without
-
     if keep and keep < FEWEST_KEPT:
         raise GraftError(
             f"keep {keep}: a server answers with the version before until it has loaded the newest. "
@@ -101,21 +105,25 @@ def publish(
         shutil.copytree(source, folder, dirs_exist_ok=True)
 
     def check(folder):
+        write_config(folder / BATCHING_FILE, parameters)  # its sizes are verified
+        (folder / WARMUP_FILE).unlink(missing_ok=True)  # of where it was published before
         checked.update(verify(folder, [], []))
-        checked["warmup_requests"] = add_warmup(folder, details, warmup_samples, batch_sizes)
-        write_config(folder / BATCHING_FILE, parameters)
+        checked["warmup_requests"] = add_warmup(folder, details, warmup_samples, batch_sizes or BATCH_SIZES)
         write_about(folder, about)
         compare()  # again: another publisher may have been quicker
 
     if label:
-        check_choice_is_open(repository, name)
+        labels_with(read_models(repository), repository, name, label, next_version(name_folder))
     compare()  # before the work
     remove_leftovers(name_folder)
     version = publish_version(write, name_folder, check)
     if label:
         move_label(repository, name, label, int(version.name), server_folder)
     served = int(version.name) == served_version(repository, name)
-    deleted = delete_older(repository, name, keep) if keep else []
+    deleted = []
+    if keep:
+        with locked(repository):  # no label moves meanwhile
+            deleted = delete_older(repository, name, keep)
     return version, {**checked, "deleted": deleted, "served": served}
 
 
@@ -141,9 +149,10 @@ def rollback(repository, name: str, to: int | None = None) -> tuple[Path, int]:
     if to is None:
         to = max((number for number in folders if number < origin), default=None)
     if to not in folders:
-        listed = ", ".join(map(str, sorted(folders)))
         wanted = f"version {to}" if to is not None else f"version before {origin}"
-        raise GraftError(f"{Path(repository) / name}: there is no {wanted}. There are {listed}: choose one with --to")
+        listed = ", ".join(map(str, sorted(folders)))
+        others = f"There are {listed}: choose one with --to" if len(folders) > 1 else f"There is only version {listed}"
+        raise GraftError(f"{Path(repository) / name}: there is no {wanted}. {others}")
     if to == current:
         raise GraftError(f"{folders[to]}: this version is the one that is served. Choose another with --to")
     check_choice_is_open(repository, name)
@@ -155,8 +164,6 @@ def rollback(repository, name: str, to: int | None = None) -> tuple[Path, int]:
 
 def copy_as_next(folder: Path, number: int) -> Path:
     """Publish a version again, as the next number beside it."""
-    from serving.export import publish_version  # imports TensorFlow, which the other commands do without
-
     about = read_about(folder)
 
     def write(copy):
@@ -224,80 +231,6 @@ def add_warmup(folder: Path, details: dict, samples, batch_sizes) -> int:
         return replay_warmup(folder)
     except (CheckFailed, SessionError) as error:
         raise VerificationError(f"{folder}: verification failed at the warm-up: {error}") from error
-
-
-def version_folders(name_folder: Path) -> dict[int, Path]:
-    """{number: folder} of the versions in REPOSITORY/NAME; empty where there is no such folder."""
-    if not name_folder.is_dir():
-        return {}
-    found = {path.name: path for path in name_folder.iterdir() if path.name.isascii() and path.name.isdecimal()}
-    return {int(name): path for name, path in found.items() if path.is_dir()}
-
-
-def served_version(repository, name: str) -> int | None:
-    """The version that answers, as far as the file system tells: the one labelled stable, else the newest that
-    models.config lets the server load; None where there is none. A server with a configuration elsewhere may differ."""
-    model = find_model(read_models(repository), name)
-    loaded = chosen_versions(model, list(version_folders(Path(repository) / name)))
-    stable = labels_of(model).get(STABLE)
-    return stable if stable in loaded else max(loaded, default=None)
-
-
-def move_label(repository, name: str, label: str, version: int, server_folder: str = SERVER_FOLDER) -> None:
-    """Give a version a label in models.config. The first label of a model makes the version served so far stable."""
-    with locked(repository):
-        models = read_models(repository)
-        labels = labels_of(find_model(models, name))
-        others = [number for number in version_folders(Path(repository) / name) if number != version]
-        labels.setdefault(STABLE, max(others, default=version))
-        labels[label] = version
-        set_labels(models, name, f"{server_folder.rstrip('/')}/{name}", labels)
-        write_config(Path(repository) / MODELS_FILE, models)
-
-
-def check_choice_is_open(repository, name: str) -> None:
-    """Raise GraftError where models.config names the versions to load: a label or a newer number changes nothing."""
-    model = find_model(read_models(repository), name)
-    if model is not None and model.model_version_policy.HasField("specific"):
-        listed = ", ".join(map(str, model.model_version_policy.specific.versions))
-        raise GraftError(
-            f"{Path(repository) / MODELS_FILE}: it has the server load versions {listed} of {name} and no others "
-            f"(model_version_policy specific). Change that line, or make it: model_version_policy {{ all {{ }} }}"
-        )
-
-
-def named_versions(repository, name: str) -> set[int]:
-    """Those versions that must stay: labelled ones, those that models.config names or counts, and the newest."""
-    model = find_model(read_models(repository), name)
-    numbers = list(version_folders(Path(repository) / name))
-    named = set(labels_of(model).values()) | set(sorted(numbers)[-1:])
-    if model is None or not model.model_version_policy.HasField("all"):
-        named |= chosen_versions(model, numbers)
-    return named
-
-
-def delete_older(repository, name: str, keep: int) -> list[int]:
-    """Delete all but the latest `keep` versions and those of `named_versions`; returns the numbers deleted."""
-    folders = version_folders(Path(repository) / name)
-    kept = set(sorted(folders)[-keep:]) | named_versions(repository, name)
-    deleted = []
-    for number in sorted(set(folders) - kept):
-        # Out of the server's sight in one step: it never finds a version that lacks files.
-        hidden = folders[number].with_name(f".tmp-deleted-{number}-{secrets.token_hex(4)}")
-        with contextlib.suppress(FileNotFoundError):  # another publisher has deleted it
-            folders[number].rename(hidden)
-            deleted.append(number)
-            shutil.rmtree(hidden, ignore_errors=True)
-    return deleted
-
-
-def remove_leftovers(name_folder: Path, age_seconds: float = LEFTOVER_SECONDS) -> None:
-    """Remove the temporary folders of publishers that were killed, once they are a day old."""
-    for folder in name_folder.glob(".tmp-*"):
-        with contextlib.suppress(FileNotFoundError):  # another publisher was quicker
-            # Not st_mtime: a copied folder has that of its source.
-            if time.time() - folder.stat().st_ctime > age_seconds:
-                shutil.rmtree(folder, ignore_errors=True)
 
 
 def link_or_copy(source, target):

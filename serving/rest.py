@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import sys
 import threading
 import time
+import traceback
 import urllib.parse
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,17 @@ from google.protobuf import json_format
 from serving.batching import QUEUE_FULL
 from serving.json_text import echo, invalid, parse_object, quoted
 from serving.metrics import Metrics
-from serving.models_table import DEFAULT_SIGNATURE, ModelsTable, RequestError, run_signature
+from serving.models_table import (
+    DEFAULT_SIGNATURE,
+    TIMED_OUT,
+    ModelsTable,
+    RequestError,
+    refuse_examples,
+    run_signature,
+)
+from serving.page import CONTENT_TYPE as PAGE_TYPE
+from serving.page import HEADERS as PAGE_HEADERS
+from serving.page import page
 from serving.rest_json import read_inputs, write_outputs
 
 PREDICT_PATH = re.compile(
@@ -76,12 +88,17 @@ def create_app(
         method, path = scope["method"], scope["raw_path"] + (b"?" + query if query else b"")
         if metrics_path is not None and path == metrics_path.encode():
             return 200, b"text/plain", metrics.text().encode()
+        if scope["raw_path"] == b"/" and method in ("GET", "HEAD"):  # for people; not in the real server
+            return 200, PAGE_TYPE, page(table.names())
         if path[:4].lower() != b"/v1/":
             return 404, b"text/html", NOT_FOUND_PAGE
         try:
             return 200, b"application/json", await answer_api(method, path, scope, receive)
         except RequestError as error:
             return HTTP_STATUS.get(error.code, 500), b"application/json", error_body(error.message)
+        except Exception:  # a bug of ours: clients read JSON, whoever runs the server reads what happened
+            traceback.print_exc(file=sys.stderr)
+            return 500, b"application/json", error_body("Internal error of the embedded server")
 
     async def answer_api(method: str, path: bytes, scope, receive) -> bytes:
         has_query = b"?" in path  # of which a name could be taken for a part
@@ -89,8 +106,9 @@ def create_app(
             name, number, label = model_spec(found)
             body = await read_body(scope, receive, max_body_bytes)
             if found[4].lower() != b"predict":
-                raise RequestError("UNIMPLEMENTED", "classify and regress: not answered by the embedded server")
-            return await in_pool(predict, table, metrics, name, number, label, body)
+                return await in_pool(refuse, table, found[4].lower().decode(), name, number, label, body)
+            deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
+            return await in_pool(predict, table, metrics, name, number, label, body, deadline)
         if method == "GET" and not has_query and (found := MODEL_PATH.fullmatch(path)):
             name, number, label = model_spec(found)
             if not name:
@@ -108,11 +126,13 @@ def create_app(
         try:
             return await asyncio.wait_for(asyncio.wrap_future(future), timeout_seconds or None)
         except TimeoutError as error:
-            raise RequestError("DEADLINE_EXCEEDED", f"No answer within {timeout_seconds:g} s") from error
+            raise RequestError("DEADLINE_EXCEEDED", TIMED_OUT) from error
 
     async def app(scope, receive, send):
         status_code, kind, body = await answer(scope, receive)
         headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode())]
+        if kind == PAGE_TYPE:
+            headers += PAGE_HEADERS
         if status_code == 413:
             headers.append((b"connection", b"close"))  # the rest of the body is not read
         if cors:
@@ -174,16 +194,39 @@ async def read_body(scope, receive, limit: int) -> bytes:
     return content if inflater.eof else b""
 
 
-def predict(table: ModelsTable, metrics: Metrics, name, number, label, body: bytes) -> bytes:
-    """The body of the answer to a predict request; raises RequestError."""
+def signature_name(document: dict) -> str:
+    """The signature that a request asks for; raises RequestError."""
+    name = document.get("signature_name", "")
+    if not isinstance(name, str):
+        words = "not formatted correctly. 'signature_name' key must be a string value."
+        raise invalid(f"JSON Value: {echo(document)} {words}")
+    return name or DEFAULT_SIGNATURE
+
+
+def refuse(table: ModelsTable, method: str, name, number, label, body: bytes) -> None:
+    """Raise what a classify or regress request gets."""
+    document = parse_object(body)
+    signature = signature_name(document)
+    examples = document.get("examples", "")
+    if not isinstance(examples, list) or not examples:
+        words = (
+            "'examples' value is an empty array" if examples == [] else "Expecting 'examples' value to be an list/array"
+        )
+        if "examples" not in document:
+            words = "When method is classify, key 'examples' is expected and was not found"
+        raise invalid(f"JSON Value: {echo(document)} {words}")
+    with table.acquire(name, number, label) as (_, version):
+        if signature not in version.signature_defs:
+            raise invalid(f"No signature was found with the name: {signature}")
+        raise refuse_examples(version.signature_defs[signature], method)
+
+
+def predict(table: ModelsTable, metrics: Metrics, name, number, label, body: bytes, deadline: float | None) -> bytes:
+    """The body of the answer to a predict request; raises RequestError, DEADLINE_EXCEEDED past `deadline`."""
     started, code = time.perf_counter(), "INTERNAL"
     try:
         document = parse_object(body)
-        signature = document.get("signature_name", "")
-        if not isinstance(signature, str):
-            words = "not formatted correctly. 'signature_name' key must be a string value."
-            raise invalid(f"JSON Value: {echo(document)} {words}")
-        signature = signature or DEFAULT_SIGNATURE
+        signature = signature_name(document)
         with table.acquire(name, number, label) as (_, version):
             known = version.session.signatures
             if signature not in known:
@@ -191,7 +234,7 @@ def predict(table: ModelsTable, metrics: Metrics, name, number, label, body: byt
             if not known[signature]["inputs"]:
                 raise invalid(f"Failed to get input map for signature: {signature}")
             inputs, in_rows = read_inputs(document, known[signature]["inputs"])
-            answer = write_outputs(run_signature(version, signature, inputs), in_rows)
+            answer = write_outputs(run_signature(version, signature, inputs, deadline), in_rows)
         code = "OK"
         return answer
     except RequestError as error:

@@ -44,6 +44,7 @@ _FUNCTIONS = {  # name -> result, then arguments; letters as in _TYPES
     "TF_GetCode": "ip",
     "TF_Message": "tp",
     "TF_NewBuffer": "p",
+    "TF_NewBufferFromString": "pts",
     "TF_DeleteBuffer": "-p",
     "TF_NewGraph": "p",
     "TF_DeleteGraph": "-p",
@@ -81,8 +82,33 @@ _TYPES = {
 }
 
 
+STATUS_CODES = (  # TF_Code (tensorflow/c/tf_status.h) -> name, the same as in gRPC
+    "OK",
+    "CANCELLED",
+    "UNKNOWN",
+    "INVALID_ARGUMENT",
+    "DEADLINE_EXCEEDED",
+    "NOT_FOUND",
+    "ALREADY_EXISTS",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "FAILED_PRECONDITION",
+    "ABORTED",
+    "OUT_OF_RANGE",
+    "UNIMPLEMENTED",
+    "INTERNAL",
+    "UNAVAILABLE",
+    "DATA_LOSS",
+    "UNAUTHENTICATED",
+)
+
+
 class SessionError(GraftError):
-    """The runtime refused a model or a request; the message holds TensorFlow's own."""
+    """The runtime refused a model or a request; the message holds TensorFlow's own, `code` is one of STATUS_CODES."""
+
+    def __init__(self, message: str, code: str = "INVALID_ARGUMENT"):
+        super().__init__(message)
+        self.code = code
 
 
 class Buffer(ctypes.Structure):  # TF_Buffer
@@ -199,8 +225,10 @@ def checked_status(library, what: str):
     status = library.TF_NewStatus()
     try:
         yield status
-        if library.TF_GetCode(status) != 0:
-            raise SessionError(f"{what}: {library.TF_Message(status).decode(errors='replace')}")
+        code = library.TF_GetCode(status)
+        if code != 0:
+            name = STATUS_CODES[code] if code < len(STATUS_CODES) else "UNKNOWN"
+            raise SessionError(f"{what}: {library.TF_Message(status).decode(errors='replace')}", name)
     finally:
         library.TF_DeleteStatus(status)
 

@@ -26,11 +26,25 @@ from serving.rest import create_app
 
 THREADS = 4 * (os.cpu_count() or 1)
 FIRST_POLL_SECONDS = 0.2  # between looks while nothing answers yet
+OTHER_FLAGS = """
+    allow_version_labels_for_unavailable_models enable_grpc_healthcheck_service enable_model_warmup
+    enable_per_model_batching_parameters enable_profiler enable_serialization_as_tensor_content
+    enable_signature_method_name_check flush_filesystem_caches grpc_channel_arguments grpc_socket_path mixed_precision
+    num_load_threads num_request_iterations_for_warmup num_tflite_interpreters_per_pool num_tflite_pools
+    num_unload_threads per_process_gpu_memory_fraction platform_config_file prefer_tflite_model
+    remove_unused_fields_from_bundle_metagraph saved_model_tags skip_initialize_tpu ssl_config_file
+    tensorflow_inter_op_parallelism tensorflow_intra_op_parallelism tensorflow_session_config_file
+    tensorflow_session_parallelism thread_pool_factory_config_file use_alts_credentials version
+    xla_cpu_compilation_enabled xla_gpu_compilation_enabled
+"""  # of the real server (tensorflow_serving/model_servers/main.cc), not here
+ENCRYPTION_FLAGS = ("ssl_config_file", "use_alts_credentials")
 
 
 def parse_arguments(words=None) -> argparse.Namespace:
     """The flags; argparse prints what is wrong with them and exits with 2."""
-    parser = argparse.ArgumentParser(prog="python -m serving.server", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m serving.server", description=__doc__.split("\n\n")[0], allow_abbrev=False
+    )
     add = parser.add_argument
     add("folder", nargs="?", help="a model's folder with version folders in it; short for --model_base_path")
     add("--host", default="127.0.0.1", help="address to listen on (not in the real server; default: %(default)s)")
@@ -52,7 +66,15 @@ def parse_arguments(words=None) -> argparse.Namespace:
     add("--monitoring_config_file", help="monitoring.config, says where on the REST port Prometheus finds metrics")
     add("--max_body_bytes", type=int, default=100_000_000, help="larger requests are refused (not in the real server)")
     add("--max_waiting_requests", type=int, default=256, help="more are refused (not in the real server)")
-    return parser.parse_args(words)
+    options, unknown = parser.parse_known_args(words)
+    for name in (word.removeprefix("--").partition("=")[0] for word in unknown):
+        if name in ENCRYPTION_FLAGS:
+            parser.error(f"--{name}: the embedded server does not encrypt. Put a proxy before it, or use TF Serving")
+        if name in OTHER_FLAGS.split():
+            parser.error(f"--{name}: a flag of TF Serving that the embedded server does not have. Leave it out")
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return options
 
 
 def boolean(word: str) -> bool:

@@ -48,7 +48,8 @@ class Session:
         self.folder = Path(folder)
         if not (self.folder / "saved_model.pb").is_file():
             raise SessionError(
-                f"{folder}: no saved_model.pb in it. Expected the folder of a version, such as serving/NAME/1"
+                f"{folder}: no saved_model.pb in it. Expected the folder of a version, such as serving/NAME/1",
+                "NOT_FOUND",
             )
         self._library = library = load_library()
         if uses_text_ops((self.folder / "saved_model.pb").read_bytes()):
@@ -74,12 +75,13 @@ class Session:
             library.TF_DeleteSessionOptions(options)
             library.TF_DeleteBuffer(metagraph)
 
-    def run(self, signature: str, inputs: dict) -> dict[str, np.ndarray]:
+    def run(self, signature: str, inputs: dict, timeout_seconds: float | None = None) -> dict[str, np.ndarray]:
         """Answer one signature: {input name: array, or list of bytes} -> {output name: array}.
 
         Strings are bytes, in lists or object arrays, and come back as object arrays of bytes. Arrays
         must have the signature's dtype: as in the server nothing is cast. Plain lists of numbers are
-        converted. Raises SessionError for unknown names, wrong dtypes and whatever the runtime refuses.
+        converted. Raises SessionError for unknown names, wrong dtypes and whatever the runtime refuses, and
+        with the code DEADLINE_EXCEEDED where it took longer than `timeout_seconds`; then it has been stopped.
         """
         if signature not in self.signatures:
             known = ", ".join(sorted(self.signatures))
@@ -95,7 +97,7 @@ class Session:
                 raise SessionError(f"{self.folder}: this session is closed")
             self._running += 1
         try:
-            return self._run(session, signature, list(inputs), arrays)
+            return self._run(session, signature, list(inputs), arrays, timeout_seconds)
         finally:
             with self._condition:
                 self._running -= 1
@@ -142,20 +144,22 @@ class Session:
             raise SessionError(f"{self.folder}: {what}: the graph has no tensor {tensor!r}. Export the model again")
         return Output(found, int(index or 0))
 
-    def _run(self, session, signature, input_names, arrays) -> dict[str, np.ndarray]:
-        library = self._library
+    def _run(self, session, signature, input_names, arrays, timeout_seconds) -> dict[str, np.ndarray]:
+        library, options = self._library, None
         names = list(self.signatures[signature]["outputs"])
         feeds = [self._places[signature, "inputs", name] for name in input_names]
         fetches = [self._places[signature, "outputs", name] for name in names]
         tensors = (ctypes.c_void_p * len(feeds))()
         results = (ctypes.c_void_p * len(fetches))()
         try:
+            if timeout_seconds is not None:
+                options = new_run_options(library, timeout_seconds)
             for index, array in enumerate(arrays):
                 tensors[index] = to_tensor(library, array)
             with checked_status(library, f"{self.folder}: signature {signature}") as status:
                 library.TF_SessionRun(
                     session,
-                    None,
+                    options,
                     (Output * len(feeds))(*feeds),
                     tensors,
                     len(feeds),
@@ -174,6 +178,16 @@ class Session:
         finally:
             for tensor in filter(None, (*tensors, *results)):
                 library.TF_DeleteTensor(tensor)
+            if options is not None:
+                library.TF_DeleteBuffer(options)
+
+
+def new_run_options(library, timeout_seconds: float) -> int:
+    """A TF_Buffer with RunOptions for one run; at least a millisecond, for 0 would mean no limit."""
+    (config_pb2,) = import_protos("tensorflow.core.protobuf.config_pb2")
+    milliseconds = max(1, min(int(timeout_seconds * 1000), 2**62))
+    content = config_pb2.RunOptions(timeout_in_ms=milliseconds).SerializeToString()
+    return library.TF_NewBufferFromString(content, len(content))
 
 
 def describe_tensor(info) -> tuple[str, tuple | None]:

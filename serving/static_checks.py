@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,10 +29,7 @@ def check_layout(folder):
     graph, signatures = read_metagraph(Path(folder))
     nodes = {node.name: node for node in graph.node}
     if VARIABLE_OPS & {node.op for node in graph.node}:
-        index = Path(folder) / "variables" / "variables.index"
-        # The server restores only what this file lists. Without it the load succeeds and requests fail.
-        if not index.is_file():
-            raise CheckFailed(f"{index}: missing, and the graph has variables. Copy the whole folder")
+        check_variable_files(Path(folder) / "variables")
     for name, signature in signatures.items():
         if not signature.inputs or not signature.outputs:
             raise CheckFailed(f"signature {name}: has no inputs or no outputs, expected both")
@@ -70,6 +68,20 @@ def read_metagraph(folder: Path):
     if "serving_default" not in signatures:
         raise CheckFailed(f"{file}: signatures {sorted(signatures)}, expected one named serving_default")
     return metagraphs[0].graph_def, signatures
+
+
+def check_variable_files(folder: Path) -> None:
+    """The index of the variables and every data file that belongs to it."""
+    index = folder / "variables.index"
+    # The server restores only what this file lists. Without it the load succeeds and requests fail.
+    if not index.is_file():
+        raise CheckFailed(f"{index}: missing, and the graph has variables. Copy the whole folder")
+    counts = [re.fullmatch(r"variables\.data-\d{5}-of-(\d{5})", file.name) for file in folder.iterdir()]
+    count = max((int(match[1]) for match in counts if match), default=1)  # each name says how many there are
+    for number in range(count):
+        data = folder / f"variables.data-{number:05}-of-{count:05}"
+        if not data.is_file():
+            raise CheckFailed(f"{data}: missing, and the graph has variables. Copy the whole folder")
 
 
 def check_edge(what: str, info, nodes: dict) -> None:

@@ -13,24 +13,13 @@ import numpy as np
 from google.protobuf import json_format
 
 from models import GraftError
-from serving.runtime import DTYPES, import_protos
+from serving.runtime import import_protos
 from serving.session import INIT_SIGNATURE, describe_tensor
+from serving.tensors import read_tensor, write_tensor
 
 BUSY = (429, 502, 503)  # HTTP: queue limits, a proxy without a server behind it, a full queue
 RECONNECT_MS = 100  # gRPC waits a second by default: longer than the client before its second try
 GRPC_PORT = 8500  # the server's default
-
-_STRING = 7  # DT_STRING
-VALUE_FIELDS = {  # DataType -> field of a TensorProto (tensorflow/core/framework/types.proto and tensor.proto)
-    1: "float_val",
-    2: "double_val",
-    **dict.fromkeys((3, 4, 5, 6), "int_val"),
-    _STRING: "string_val",
-    9: "int64_val",
-    10: "bool_val",
-    22: "uint32_val",
-    23: "uint64_val",
-}
 
 
 class ServerError(GraftError):
@@ -97,6 +86,11 @@ class Rest:
                 raise ServerError(f"no answer within {self._timeout_s:g} s") from error
             if isinstance(error, (socket.gaierror, ssl.SSLError)):
                 raise ServerError(f"cannot be reached: {error}") from error
+            if isinstance(error, http.client.BadStatusLine) and not isinstance(error, http.client.RemoteDisconnected):
+                raise ServerError(
+                    f"what answers there does not speak HTTP. The REST port is 8501 by default; {GRPC_PORT} is gRPC's, "
+                    f"for grpc://HOST:{GRPC_PORT}/NAME"
+                ) from error
             raise TryAgain(f"cannot be reached ({error or type(error).__name__})") from error
         try:
             answer = json.loads(content)
@@ -143,11 +137,10 @@ class Grpc:
         import grpc
 
         self._grpc, self._which, self._timeout_s = grpc, which, timeout_s
-        self._metadata, self._predict, services, self._tensor = import_protos(
+        self._metadata, self._predict, services = import_protos(
             "tensorflow_serving.apis.get_model_metadata_pb2",
             "tensorflow_serving.apis.predict_pb2",
             "tensorflow_serving.apis.prediction_service_pb2_grpc",
-            "tensorflow.core.framework.tensor_pb2",
         )
         options = {
             # A client receives 4 MB at most by default.
@@ -181,9 +174,16 @@ class Grpc:
         request = self._address(self._predict.PredictRequest())
         request.model_spec.signature_name = signature
         for name, array in arrays.items():
-            request.inputs[name].CopyFrom(tensor_proto(array, self._tensor.TensorProto()))
+            write_tensor(array, request.inputs[name], packed=True)
         answer = self._call(self._stub.Predict, request)
-        return {name: array_of_proto(answer.outputs[name]) for name in outputs}
+        answers = {name: read_tensor(answer.outputs[name]) for name in outputs}
+        for name, array in answers.items():
+            if array is None:
+                raise ServerError(
+                    f"the output {name} cannot be read (DataType {answer.outputs[name].dtype}). Where that is a type "
+                    f"which numpy lacks, such as bfloat16 (14): cast it to float in the signature"
+                )
+        return answers
 
     def _call(self, method, request):
         try:
@@ -199,34 +199,3 @@ class Grpc:
 
     def close(self) -> None:
         self._channel.close()
-
-
-def tensor_proto(array: np.ndarray, proto):
-    """Fill a TensorProto with an array; object arrays hold bytes."""
-    strings = array.dtype == object
-    proto.dtype = _STRING if strings else next(code for code, dtype in DTYPES.items() if dtype == array.dtype)
-    for size in array.shape:
-        proto.tensor_shape.dim.add(size=size)
-    if strings:
-        proto.string_val.extend(array.flat)
-    else:
-        proto.tensor_content = array.tobytes()
-    return proto
-
-
-def array_of_proto(proto) -> np.ndarray:
-    """A TensorProto as an array; strings as an object array of bytes. Its last value stands for all that are left."""
-    if proto.dtype not in VALUE_FIELDS:
-        raise ServerError(
-            f"an output has the DataType {proto.dtype}, which this client does not read. Cast it to float"
-        )
-    shape = tuple(dim.size for dim in proto.tensor_shape.dim)
-    dtype = np.dtype(object) if proto.dtype == _STRING else DTYPES[proto.dtype]
-    if proto.tensor_content:
-        return np.frombuffer(proto.tensor_content, dtype).reshape(shape)
-    values = getattr(proto, VALUE_FIELDS[proto.dtype])
-    array = np.empty(shape, dtype)
-    if array.size:
-        array.flat[:] = values[-1]
-        array.flat[: len(values)] = np.array(values, dtype)
-    return array

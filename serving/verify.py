@@ -1,14 +1,18 @@
 """Proof that a version folder is fit for TF Serving and answers as training does.
 
 `verify` runs this module in a process of its own, without TensorFlow's Python side: what passes there
-needs nothing of the process that made it. Four steps, each fails with the item's name:
+needs nothing of the process that made it. Six steps, each fails with the item's name:
 
 1. layout: one metagraph tagged `serve`, variables, tensors, batch dimension, dtypes, no XLA, no Python;
 2. ops: every op is linked into the stock server of the target version;
 3. answers: TensorFlow's C++ loader runs it, XLA off, and the answers equal the expected ones;
-4. rows: 0, 1, 2 and 3 rows of every signature equal single ones; a bad item spares its neighbours.
+4. rows: 0, 1, 2, 3 and every allowed number of rows of every signature equal single ones, be they of different
+   sizes; a bad item spares its neighbours;
+5. padding: a row that the server pads to its neighbour's size answers the same, or the server does not pad;
+6. warm-up: the version's own warm-up requests are answered, as the server does before it serves a version.
 
-For people: `python -m serving.verify FOLDER` prints a line per step.
+For people: `python -m serving.verify FOLDER` prints a line per step. With `--libraries` all steps are repeated with the
+TensorFlow libraries of the target's release, fetched from its wheel: everything else works without a network.
 """
 
 from __future__ import annotations
@@ -26,13 +30,15 @@ from pathlib import Path
 import numpy as np
 
 from models import GraftError
-from serving.answer_checks import ROWS, check_answers, check_rows, read_class_names, read_thresholds
+from serving.answer_checks import check_answers, read_class_names, read_thresholds
+from serving.batch_checks import check_padding, check_rows, check_warmup, made_rows, read_batching
+from serving.libraries import RELEASES, loaded_release, packages_with
 from serving.runtime import SessionError
 from serving.session import Session
 from serving.static_checks import CheckFailed, check_layout, check_ops
 
 PROBABILITY_TOLERANCE = 1e-5  # absolute
-STEPS = ("layout", "ops", "answers", "rows")
+STEPS = ("layout", "ops", "answers", "rows", "padding", "warm-up")
 
 
 class VerificationError(GraftError):
@@ -41,16 +47,19 @@ class VerificationError(GraftError):
     exit_code = 4
 
 
-def verify(folder, samples, expected_probabilities, target="2.20", tolerance=PROBABILITY_TOLERANCE) -> dict:
+def verify(
+    folder, samples, expected_probabilities, target="2.20", tolerance=PROBABILITY_TOLERANCE, packages=None
+) -> dict:
     """Verify the version folder `folder` in a fresh process; raises VerificationError.
 
     samples: raw inputs of `serving_default`, a list of bytes; of a model with several inputs a list of tuples of
     bytes, in the order of the inputs' names. expected_probabilities: the training side's
     answers to them, [n, classes] float32, zeros for an item that cannot be read; on a GPU computed with
     TF32 off. The server runs on the CPU meanwhile, so that it leaves the GPU to its parent.
+    packages: a folder whose `tensorflow` to use instead of the installed one (`serving.libraries.packages_with`).
 
     Returns {"files", "largest_difference", "largest_row_difference", "signatures", "ops", "target",
-    "missing_in_2.19", "load_seconds", "seconds"}.
+    "missing_in_2.19", "batch_sizes", "padding", "warmup_requests", "tensorflow", "load_seconds", "seconds"}.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="graft-verify-") as scratch:
@@ -66,10 +75,12 @@ def verify(folder, samples, expected_probabilities, target="2.20", tolerance=PRO
         )
         command = [sys.executable, "-m", "serving.verify", str(Path(folder).absolute()), "--json"]
         command += ["--samples", str(file), "--target", target, "--tolerance", repr(float(tolerance))]
+        paths = [str(packages)] if packages else []
+        paths += filter(None, [os.environ.get("PYTHONPATH")])
         done = subprocess.run(
             command,
             cwd=Path(__file__).resolve().parents[1],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1", "PYTHONPATH": os.pathsep.join(paths)},
             capture_output=True,
             text=True,
             errors="replace",
@@ -88,7 +99,7 @@ def verify(folder, samples, expected_probabilities, target="2.20", tolerance=PRO
 
 
 def run_steps(folder, samples, expected, target, tolerance, say) -> dict:
-    """The four steps, in this process. Arguments and result as in `verify`; `say(line)` ends each step."""
+    """All steps, in this process. Arguments and result as in `verify`; `say(line)` ends each step."""
     step = "layout"
     try:
         graph, signatures = check_layout(folder)
@@ -100,14 +111,24 @@ def run_steps(folder, samples, expected, target, tolerance, say) -> dict:
         step = "answers"
         started = time.monotonic()
         with Session(folder) as session:
-            load_seconds = time.monotonic() - started
-            names, thresholds = read_class_names(folder), read_thresholds(folder)
-            difference, good = check_answers(session, samples, expected, tolerance, names, thresholds)
+            load_seconds, signatures = time.monotonic() - started, sorted(session.signatures)
+            known = {"class_names": read_class_names(folder), "thresholds": read_thresholds(folder)}
+            difference, good = check_answers(session, samples, expected, tolerance, **known)
             compared = f"{len(samples)} samples, largest difference {difference:.1g}, allowed {tolerance:.1g}"
             say(f"answers: loaded in {load_seconds:.2f} s; {compared if samples else 'no samples given'}")
             step = "rows"
-            row_difference = max(check_rows(session, name, good, names, thresholds) for name in session.signatures)
-            say(f"rows: batches of 0 to {ROWS} equal single items, largest difference {row_difference:.1g}")
+            batching = read_batching(folder)
+            sizes = sorted({1, 2, 3, *batching["sizes"]})
+            row_difference = max(check_rows(session, name, good, **known, sizes=sizes) for name in signatures)
+            listed = ", ".join(map(str, [0, *sizes]))
+            say(f"rows: batches of {listed} equal single items, largest difference {row_difference:.1g}")
+            step = "padding"
+            padding = [check_padding(session, name, **known, pads=batching["pads"]) for name in signatures]
+            padding = [line for line in padding if line]
+            say(f"padding: {'; '.join(padding) or 'no signature takes rows of several sizes'}")
+        step = "warm-up"
+        warmup_requests = check_warmup(folder, batching["largest"])
+        say(f"warm-up: {f'{warmup_requests} requests answered' if warmup_requests else 'this version has no requests'}")
     except (CheckFailed, SessionError) as error:
         position = f"step {STEPS.index(step) + 1} of {len(STEPS)}, {step}"
         raise VerificationError(f"{folder}: verification failed at {position}: {error}") from error
@@ -115,12 +136,49 @@ def run_steps(folder, samples, expected, target, tolerance, say) -> dict:
         "files": len(samples),
         "largest_difference": difference,
         "largest_row_difference": row_difference,
-        "signatures": sorted(signatures),
+        "signatures": signatures,
         "ops": len(ops),
         "target": target,
         "missing_in_2.19": missing_in_219,
+        "batch_sizes": sizes,
+        "padding": padding,
+        "warmup_requests": warmup_requests,
+        "tensorflow": loaded_release(),
         "load_seconds": round(load_seconds, 3),
     }
+
+
+def verify_with_libraries(folder, samples, expected, target, tolerance) -> dict:
+    """Verify once more, in a process that runs the TensorFlow libraries of the target's release; result as `verify`.
+
+    Without samples the answers of the installed TensorFlow to made-up ones are expected. Raises GraftError where the
+    libraries cannot be had.
+    """
+    if not samples:
+        samples, expected = made_samples(folder)
+    with packages_with(target, folder) as packages:
+        try:
+            result = verify(folder, samples, expected, target, tolerance, packages)
+        except VerificationError as error:
+            raise VerificationError(f"with the libraries of TensorFlow {RELEASES[target][0]}: {error}") from error
+    if result["tensorflow"] != RELEASES[target][0]:
+        raise GraftError(
+            f"--libraries: the process ran TensorFlow {result['tensorflow']}, expected {RELEASES[target][0]}. Remove "
+            f"the folder libraries from Graft's cache and try again"
+        )
+    return result
+
+
+def made_samples(folder) -> tuple[list, np.ndarray | None]:
+    """Made-up samples and the installed TensorFlow's probabilities for them; none where it takes other than strings."""
+    with Session(folder) as session:
+        signature = session.signatures["serving_default"]
+        inputs = signature["inputs"]
+        if "probabilities" not in signature["outputs"] or any(dtype != "string" for dtype, _ in inputs.values()):
+            return [], None
+        rows = {name: made_rows(name, *inputs[name], []) for name in sorted(inputs)}
+        expected = session.run("serving_default", rows)["probabilities"]
+    return list(zip(*rows.values(), strict=True)) if len(rows) > 1 else list(*rows.values()), expected
 
 
 def read_samples(file):
@@ -141,6 +199,11 @@ def main(arguments=None) -> int:
     parser.add_argument("--samples", metavar="FILE", help=".npz of raw inputs and expected answers")
     parser.add_argument("--target", default="2.20", help="TF Serving release (default: %(default)s)")
     parser.add_argument(
+        "--libraries",
+        action="store_true",
+        help="repeat all steps with the TensorFlow libraries of that release; fetches its wheel once, about 260 MB",
+    )
+    parser.add_argument(
         "--tolerance",
         type=float,
         default=PROBABILITY_TOLERANCE,
@@ -150,8 +213,13 @@ def main(arguments=None) -> int:
     options = parser.parse_args(arguments)
     samples, expected = read_samples(options.samples) if options.samples else ([], None)
     say = (lambda line: None) if options.json else print
+    checked = (options.folder, samples, expected, options.target, options.tolerance)
     try:
-        result = run_steps(options.folder, samples, expected, options.target, options.tolerance, say)
+        result = run_steps(*checked, say)
+        if options.libraries:
+            again = result["libraries"] = verify_with_libraries(*checked)
+            compared = f"{again['files']} samples, largest difference {again['largest_difference']:.1g}"
+            say(f"libraries: TensorFlow {again['tensorflow']} passes all steps; {compared}")
     except GraftError as error:
         print(json.dumps({"error": str(error)}) if options.json else error)
         return error.exit_code

@@ -8,31 +8,33 @@ made up, noise and random words, so that nothing of the training set is publishe
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from serving.answer_checks import input_columns
-from serving.config import ALLOWED_BATCH_SIZES
-from serving.runtime import DTYPES, import_protos
+from serving.config import BATCH_SIZES
+from serving.runtime import import_protos
 from serving.session import Session
 from serving.static_checks import CheckFailed
+from serving.tensors import read_tensor, write_tensor
 
 WARMUP_FILE = "assets.extra/tf_serving_warmup_requests"
 MOST_RECORDS = 1000  # kNumMaxWarmupRecords of the server
+FRAME_BYTES = 16  # around a TFRecord: its length and two checksums (tensorflow/core/lib/io/record_writer.h)
 IMAGE_SIZE = (375, 500)  # rows, columns: ImageNet's photographs are about so large
 GRAIN = 8  # pixels per random colour: noise of single pixels would make far larger files than photographs are
 WORDS = 60  # of a text where the model tells no length of its own
 PIECES_PER_WORD = 4  # tokens that a made-up word falls into, about
-STRING = 7  # DT_STRING
 
 
-def write_warmup(folder, details: dict, samples=(), batch_sizes=ALLOWED_BATCH_SIZES) -> int:
+def write_warmup(folder, details: dict, samples=(), batch_sizes=BATCH_SIZES) -> int:
     """Write the warm-up requests of the version folder `folder`; returns how many.
 
-    One request per allowed batch size for `serving_default`, and one of a single row for every other signature: each
-    has kernels of its own to prepare, and the sizes share them.
+    One request per batch size for `serving_default`, and one of the fewest rows for every other signature: each has
+    kernels of its own to prepare, and the sizes share them.
 
     Args:
         details: what the export says of itself (assets.extra/graft.json); {} where it says nothing.
@@ -126,55 +128,46 @@ def write_requests(file, requests) -> None:
             request = log.predict_log.request
             request.model_spec.signature_name = signature
             for name, values in inputs.items():
-                fill_tensor(request.inputs[name], np.asarray(values))
+                write_tensor(np.asarray(values), request.inputs[name], packed=True)
             writer.write(log.SerializeToString())
 
 
 def read_requests(file) -> list[tuple[str, dict[str, np.ndarray]]]:
     """What `write_requests` wrote; raises CheckFailed where the server would refuse to load the model."""
-    from tensorboard.compat.tensorflow_stub import errors
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
-
     (log_module,) = import_protos("tensorflow_serving.apis.prediction_log_pb2")
-    reader, requests = PyRecordReader_New(str(file)), []
-    try:
-        while True:
-            reader.GetNext()
-            log = log_module.PredictionLog.FromString(reader.record())
-            if log.WhichOneof("log_type") != "predict_log":
-                raise CheckFailed(f"{file}: record {len(requests)} is no predict request")
-            request = log.predict_log.request
-            inputs = {name: tensor_array(tensor) for name, tensor in request.inputs.items()}
-            requests.append((request.model_spec.signature_name or "serving_default", inputs))
-    except errors.OutOfRangeError:  # how the reader says that the file has ended
-        pass
-    except (errors.OpError, DecodeError, KeyError, ValueError) as error:
-        raise CheckFailed(f"{file}: record {len(requests)} cannot be read ({error})") from error
+    requests = []
+    for record in read_records(file):
+        what = f"{file}: record {len(requests)}"
+        try:
+            log = log_module.PredictionLog.FromString(record)
+        except DecodeError as error:
+            raise CheckFailed(f"{what} cannot be read ({error})") from error
+        if log.WhichOneof("log_type") != "predict_log":
+            raise CheckFailed(f"{what} is no predict request")
+        request = log.predict_log.request
+        inputs = {name: read_tensor(tensor) for name, tensor in request.inputs.items()}
+        for name, array in inputs.items():
+            if array is None:
+                raise CheckFailed(f"{what}: the tensor of the input {name} makes no sense")
+        requests.append((request.model_spec.signature_name or "serving_default", inputs))
     if len(requests) > MOST_RECORDS:
         raise CheckFailed(f"{file}: {len(requests)} records, the server takes {MOST_RECORDS}")
     return requests
 
 
-def fill_tensor(tensor, array: np.ndarray) -> None:
-    """Put an array into a TensorProto."""
-    for size in array.shape:
-        tensor.tensor_shape.dim.add(size=size)
-    if array.dtype == object:
-        tensor.dtype = STRING
-        tensor.string_val.extend(array.flat)
-    else:
-        tensor.dtype = next(code for code, dtype in DTYPES.items() if dtype == array.dtype)
-        tensor.tensor_content = array.tobytes()
+def read_records(file) -> list[bytes]:
+    """The records of a TFRecord file; raises CheckFailed where it is missing or damaged."""
+    from tensorboard.compat.tensorflow_stub import errors
+    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import PyRecordReader_New
 
-
-def tensor_array(tensor) -> np.ndarray:
-    """The array in a TensorProto that holds strings, or numbers as `tensor_content`.
-
-    Raises KeyError for a dtype that numpy lacks, ValueError where the content does not fill the shape.
-    """
-    shape = [dim.size for dim in tensor.tensor_shape.dim]
-    if tensor.dtype == STRING:
-        array = np.empty(len(tensor.string_val), object)
-        array[:] = list(tensor.string_val)
-        return array.reshape(shape)
-    return np.frombuffer(tensor.tensor_content, DTYPES[tensor.dtype]).reshape(shape)
+    records = []
+    try:
+        left = os.path.getsize(file)
+        reader = PyRecordReader_New(str(file))
+        while left > 0:
+            reader.GetNext()
+            records.append(reader.record())
+            left -= FRAME_BYTES + len(records[-1])
+    except (OSError, errors.OpError) as error:
+        raise CheckFailed(f"{file}: record {len(records)} cannot be read ({error})") from error
+    return records

@@ -19,7 +19,7 @@ from PIL import Image
 
 from serving.runtime import import_protos
 from serving.session import Session
-from serving.transports import tensor_proto
+from serving.tensors import write_tensor
 from tests.conftest import tiny_backbone
 
 CLASSES = ["cat", "Katze auf dem Tisch", "鳥", "eel", "fox", "gnu", "hen"]
@@ -169,11 +169,7 @@ def grpc_server(version: pathlib.Path):
             inputs = {name: list(tensor.string_val) for name, tensor in request.inputs.items()}
             answer = predict_pb2.PredictResponse()
             for name, value in served.run(request.model_spec.signature_name, inputs).items():
-                tensor = answer.outputs[name]
-                tensor_proto(value, tensor)
-                if value.dtype == np.float32:  # as the real server: typed fields
-                    tensor.ClearField("tensor_content")
-                    tensor.float_val.extend(value.ravel().tolist())
+                write_tensor(value, answer.outputs[name])
             return answer
 
     with Session(version) as session:

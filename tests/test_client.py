@@ -19,9 +19,7 @@ from pipelines.ask import ask_server
 from serving import client as client_module
 from serving.client import Client, ServerError, is_url, parse_url, requests_of
 from serving.export_text import export_text_classifier
-from serving.runtime import import_protos
 from serving.session import Session, SessionError
-from serving.transports import VALUE_FIELDS, array_of_proto, tensor_proto
 from tests.stub_servers import CLASSES, grpc_server, png, rest_server, tiny_version
 from tests.test_export_text import FIXTURES, tiny_classifier
 
@@ -130,23 +128,6 @@ def test_large_files_travel_in_several_requests():
     assert requests_of([rows[:0]]) == [slice(0, 0)]
 
 
-def test_tensors_as_the_server_may_send_them():
-    (tensor_pb2,) = import_protos("tensorflow.core.framework.tensor_pb2")
-    for dtype in ("float32", "float64", "int32", "uint8", "int16", "int8", "int64", "bool", "uint32", "uint64"):
-        array = np.arange(6).reshape(2, 3).astype(dtype)
-        proto = tensor_proto(array, tensor_pb2.TensorProto())
-        np.testing.assert_array_equal(array_of_proto(proto), array)
-        proto.ClearField("tensor_content")
-        getattr(proto, VALUE_FIELDS[proto.dtype]).extend(array.ravel().tolist())
-        assert array_of_proto(proto).dtype == array.dtype
-        np.testing.assert_array_equal(array_of_proto(proto), array)
-    filled = tensor_pb2.TensorProto(dtype=1, float_val=[1.0, 2.0])
-    filled.tensor_shape.dim.add(size=4)
-    assert array_of_proto(filled).tolist() == [1, 2, 2, 2]  # the last one stands for the rest
-    with pytest.raises(ServerError, match="DataType 14"):
-        array_of_proto(tensor_pb2.TensorProto(dtype=14))
-
-
 # ---- what goes wrong
 
 
@@ -200,6 +181,19 @@ def test_something_else_at_the_address(rest):
         server.fail[:] = [(status, body)]
         with pytest.raises(ServerError, match=message):
             Client(url)
+
+
+def test_the_port_of_the_other_interface(version):
+    said = "does not speak HTTP. The REST port is 8501 by default; 8500 is gRPC's"
+    with grpc_server(version) as server, pytest.raises(ServerError, match=said):
+        Client(f"http://127.0.0.1:{server.port}/v1/models/photos")
+
+
+def test_an_output_that_is_not_sent(version):
+    with grpc_server(version) as server, Client(f"grpc://127.0.0.1:{server.port}/photos") as client:
+        server.run = lambda signature, inputs: {}
+        with pytest.raises(ServerError, match=r"photos: the output \w+ cannot be read \(DataType 0\)"):
+            client.run("serving_default", {"image_bytes": [b""]})
 
 
 def test_nobody_there(monkeypatch):

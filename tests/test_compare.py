@@ -91,6 +91,15 @@ def test_changes_losses_and_the_verdict(versions, pictures, tmp_path, capsys):
             assert re.search(rf"^ *{name} +20 +" + " +".join(cells), shown, re.MULTILINE)
 
 
+def test_only_the_test_part_is_asked(versions, pictures, tmp_path, capsys):
+    (old, _), _ = versions
+    paths = sorted(pictures.rglob("*.png"))
+    lines = [f"{path},{path.parent.name},{('train', 'test')[at % 4 == 0]}" for at, path in enumerate(paths)]
+    (tmp_path / "all.csv").write_text("path,label,split\n" + "\n".join(lines) + "\n")
+    assert compare(words_of(old, old, tmp_path / "all.csv")) == 0
+    assert "Within: 0 of 15 answers change" in capsys.readouterr().out
+
+
 def test_limits(versions, pictures, capsys):
     (old, new), labels = versions
     if not counted(labels)["lost"]:

@@ -13,8 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from serving.client import MOST_ROWS
-from serving.config import read_config
+from serving.config import batching_parameters, monitoring_config, read_config
 from tests.stub_servers import rest_server, tiny_version
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -22,7 +21,8 @@ DEPLOY = ROOT / "serving" / "deploy"
 CONFIGS = sorted((DEPLOY / "config").iterdir())
 BIN = pathlib.Path(sys.executable).parent
 IMAGE = "tensorflow/serving:2.20.0"
-# Flags of tensorflow_model_server (tensorflow_serving/model_servers/main.cc) at 2.20.
+# The flags of tensorflow_model_server that the project's reference for TF Serving names (tfserving.md, sections 0 and A
+# to E); the server has more.
 FLAGS = set(
     re.findall(
         r"\w+",
@@ -206,12 +206,14 @@ def test_every_flag_is_one_of_the_servers(composed):
         assert files == {pathlib.PurePath("/config", path.name) for path in CONFIGS}, where
 
 
-def test_config_files_are_what_the_server_reads():
-    parsed = read_config(DEPLOY / "config" / "monitoring.config", "MonitoringConfig")
-    assert parsed.prometheus_config.enable and parsed.prometheus_config.path == "/monitoring/prometheus/metrics"
+def test_config_files_are_what_the_server_reads(composed):
+    """And what serving/config.py makes, with as many threads as the containers may use CPUs."""
+    (container,) = manifests()["Deployment"]["spec"]["template"]["spec"]["containers"]
+    cpus = container["resources"]["limits"]["cpu"]
+    assert composed["services"]["serving"]["deploy"]["resources"]["limits"]["cpus"] == int(cpus)
+    assert read_config(DEPLOY / "config" / "monitoring.config", "MonitoringConfig") == monitoring_config()
     parsed = read_config(DEPLOY / "config" / "batching_params.pbtxt", "BatchingParameters")
-    assert parsed.max_batch_size.value >= MOST_ROWS
-    assert parsed.num_batch_threads.value == 4 and parsed.max_enqueued_batches.value == 100
+    assert parsed == batching_parameters(threads=int(cpus))
 
 
 def test_no_key_twice_and_no_tab():

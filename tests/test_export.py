@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import errno
 import io
 import json
@@ -20,8 +21,11 @@ from PIL import Image
 from models import GraftError
 from models.classifier import Classifier
 from models.inputs import decode_image, decode_images, scale_image
-from serving.export import export_image_classifier, next_version, publish_version
+from serving.export import export_image_classifier
+from serving.folding import fold_weights
+from serving.new_version import next_version, publish_version
 from serving.session import Session
+from serving.static_checks import all_nodes, check_layout
 from tests.conftest import tiny_backbone
 
 CLASSES = ["cat", "dog", "Katze auf dem Tisch", "鳥", "eel", "fox", "gnu"]
@@ -234,10 +238,140 @@ def test_class_name_that_is_no_line_of_text(model, tmp_path, name):
     assert not (tmp_path / "1").exists()
 
 
-def test_every_weight_is_stored_once(model, folder):
-    stored = tf.train.list_variables(str(folder / "variables" / "variables"))
-    values = sum(int(np.prod(shape)) for name, shape in stored if "OBJECT_GRAPH" not in name)
-    assert values == sum(int(np.prod(weight.shape)) for weight in [*model.encoder.weights, *model.head.weights])
+# Weights as constants.
+
+
+@pytest.fixture(scope="module")
+def unfolded(model, tmp_path_factory):
+    """An export of the same model whose weights stay variables."""
+    folder = tmp_path_factory.mktemp("unfolded") / "1"
+    weights = export_image_classifier(model, model.backbone.preprocess, CLASSES, folder, folded_bytes=6000)
+    assert weights == {"kept_as": "variables", "bytes": 6204, "why": "0.0 MB of them, the limit is 0 MB"}
+    return folder
+
+
+def weight_count(model) -> int:
+    return sum(int(np.prod(weight.shape)) for weight in [*model.encoder.weights, *model.head.weights])
+
+
+def test_every_weight_is_stored_once(model, folder, unfolded):
+    stored = tf.train.list_variables(str(unfolded / "variables" / "variables"))
+    assert sum(int(np.prod(shape)) for name, shape in stored if "OBJECT_GRAPH" not in name) == weight_count(model)
+    (network,) = [f for f in check_layout(folder)[0].library.function if any(n.op == "Conv2D" for n in f.node_def)]
+    constants = [node.attr["value"].tensor for node in network.node_def if node.op == "Const"]
+    sizes = [tf.make_ndarray(constant).size for constant in constants]
+    # Of a convolution's bias and the four vectors of the norm after it, one vector is left, in three blocks.
+    assert sum(size for size in sizes if size > 3) == weight_count(model) - 3 * 4 * 8
+
+
+def test_one_function_holds_the_network(folder, unfolded):
+    def places(exported, operation):
+        return {place for place, node in all_nodes(check_layout(exported)[0]) if node.op == operation}
+
+    assert len(places(folder, "Conv2D")) == 1 and not places(folder, "VarHandleOp")
+    assert len(places(unfolded, "Conv2D")) >= 3 and places(unfolded, "VarHandleOp")
+
+
+def test_constants_answer_as_variables(session, folder, unfolded):
+    samples = [encoded_image(seed) for seed in range(5)] + [b"no image"]
+    pixels = np.random.default_rng(0).uniform(0, 255, [3, 20, 30, 3]).astype(np.float32)
+    requests = {"serving_default": {"image_bytes": samples}, "features": {"image_bytes": samples}}
+    with Session(unfolded) as other:
+        for signature, inputs in {**requests, "pixels": {"pixels": pixels}}.items():
+            found, expected = session.run(signature, inputs), other.run(signature, inputs)
+            for name in expected:
+                if expected[name].dtype == object:
+                    assert found[name].tolist() == expected[name].tolist()
+                else:
+                    np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
+    details = json.loads((folder / "assets.extra/graft.json").read_text())
+    assert details["weights"]["kept_as"] == "constants" and details["weights"]["bytes"] == 6204
+    assert details["weights"]["largest_difference"] <= 1e-5
+
+
+def random_variable(seed, *shape):
+    return tf.Variable(tf.random.stateless_uniform(shape, [seed, 0], 0.5, 1.5))
+
+
+def folded_ops(network, limit=1_000_000):
+    """A network of images [n, 8, 8, 4] -> what `fold_weights` says, and how often each op is in its function."""
+    image = tf.random.stateless_normal([2, 8, 8, 4], [0, 0])
+    run, weights = fold_weights(network, [tf.TensorSpec([None, 8, 8, 4])], [image], limit)
+    if weights["kept_as"] == "variables":
+        return weights, None
+    other = tf.random.stateless_normal([3, 8, 8, 4], [1, 0])
+    np.testing.assert_allclose(run(other)[0], network(other)[0], rtol=1e-5, atol=1e-4)
+    return weights, collections.Counter(node.op for node in run.graph.as_graph_def().node)
+
+
+@pytest.mark.parametrize("norm", ["plain", "fused"])
+@pytest.mark.parametrize("convolution", ["full", "depthwise"])
+def test_what_follows_a_convolution_is_merged_into_it(convolution, norm):
+    kernel = random_variable(0, 3, 3, 4, 2 if convolution == "depthwise" else 8)
+    bias, gamma, beta, mean, variance = (random_variable(seed, 8) for seed in range(1, 6))
+
+    def network(x):
+        strides = [1, 1, 1, 1]
+        apply = tf.nn.depthwise_conv2d if convolution == "depthwise" else tf.nn.conv2d
+        x = apply(x, kernel, strides, "SAME") + tf.reshape(bias, [1, 1, 1, 8])
+        if norm == "fused":
+            x = tf.compat.v1.nn.fused_batch_norm(x, gamma, beta, mean, variance, is_training=False)[0]
+        else:
+            x = tf.nn.batch_normalization(x, mean, variance, beta, gamma, 1e-3)
+        return [tf.nn.relu6(x - 1.0)]
+
+    weights, ops = folded_ops(network)
+    assert weights["kept_as"] == "constants"
+    assert ops["Conv2D"] + ops["DepthwiseConv2dNative"] == ops["BiasAdd"] == ops["Relu6"] == 1
+    assert not {"Mul", "AddV2", "Sub", "FusedBatchNormV3", "Rsqrt"} & set(ops)
+
+
+def test_what_is_used_elsewhere_too_stays():
+    kernel, scale, rows = random_variable(0, 1, 1, 4, 4), random_variable(1, 4), random_variable(2, 8, 1, 1)
+
+    def network(x):
+        twice = tf.nn.conv2d(x, kernel, 1, "SAME")
+        by_rows = tf.nn.conv2d(x, kernel, 1, "SAME") * rows  # no single factor per channel
+        return [twice * scale + twice + by_rows + x]
+
+    _, ops = folded_ops(network)
+    assert ops["Conv2D"] == ops["Mul"] == 2 and ops["AddV2"] == 3 and not ops["BiasAdd"]
+
+
+def test_why_weights_stay_variables():
+    kernel = random_variable(0, 1, 1, 4, 4)
+    matrix = random_variable(1, 4, 16)
+    table = tf.lookup.StaticHashTable(tf.lookup.KeyValueTensorInitializer([0], [1.0]), 0.0)
+
+    def plain(x):
+        return [tf.nn.conv2d(x, kernel, 1, "SAME")]
+
+    def with_table(x):
+        return [plain(x)[0] + table.lookup(tf.constant([0]))]
+
+    def no_numbers(x):
+        return [tf.math.log(-1.0 - plain(x)[0] ** 2)]
+
+    def mostly_matrix(x):
+        return [plain(x)[0] @ matrix]
+
+    assert folded_ops(plain, limit=63)[0]["why"] == "0.0 MB of them, the limit is 0 MB"
+    assert folded_ops(plain, limit=64)[0]["kept_as"] == "constants"
+    assert folded_ops(with_table)[0]["why"] == "the network holds tables, which cannot be constants"
+    assert folded_ops(no_numbers)[0]["why"] == "constants change the answers by nan"
+    assert folded_ops(mostly_matrix)[0]["why"].startswith("most of them are in no convolution")
+
+
+@pytest.mark.slow
+def test_a_model_of_two_replicas(mirrored, tmp_path):
+    with mirrored.scope():
+        model = tiny_classifier(3)
+    weights = export_image_classifier(model, model.backbone.preprocess, CLASSES[:3], tmp_path / "1")
+    sample = encoded_image(0)
+    with Session(tmp_path / "1") as session:
+        served = session.run("serving_default", {"image_bytes": [sample]})["probabilities"]
+    assert weights["kept_as"] == "constants"
+    np.testing.assert_allclose(served, training_answers(model, [sample]), atol=1e-6)
 
 
 # Publishing.

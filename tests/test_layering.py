@@ -40,7 +40,24 @@ def test_config_objects_stop_at_pipelines():
 
 
 @pytest.mark.parametrize(
-    "module", ["models.offline", "models.names", "models.hubs", "serving.session", "pipelines.batch", "pipelines.image"]
+    "module",
+    [
+        "models.offline",
+        "models.names",
+        "models.hubs",
+        "serving.session",
+        "serving.client",
+        "serving.publish",
+        "serving.warmup",
+        "serving.server",
+        "pipelines.batch",
+        "pipelines.ask",
+        "pipelines.compare",
+        "pipelines.publish",
+        "pipelines.rescore",
+        "pipelines.image",
+        "pipelines.text",
+    ],
 )
 def test_what_must_start_fast_imports_no_tensorflow(module):
     code = f"import sys, {module}; assert not {{'tensorflow', 'keras', 'sklearn', 'matplotlib'}} & set(sys.modules)"

@@ -22,7 +22,8 @@ from models import GraftError
 from pipelines.publish import about_version, print_versions, publish_run, rollback_version
 from serving.config import find_model, labels_of, message, read_config, read_models, set_labels, write_config
 from serving.export import export_image_classifier
-from serving.publish import delete_older, list_versions, publish, read_about, remove_leftovers, rollback
+from serving.publish import list_versions, publish, read_about, rollback
+from serving.repository import delete_older, remove_leftovers
 from serving.session import Session
 from serving.static_checks import CheckFailed
 from serving.verify import VerificationError
@@ -86,8 +87,8 @@ def test_a_published_version_is_complete(two_versions, exported):
         if file.is_file():
             assert (version / file.relative_to(exported)).read_bytes() == file.read_bytes()
     parameters = read_config(version / "batching_params.pbtxt", "BatchingParameters")
-    assert list(parameters.allowed_batch_sizes) == [1, 2, 4, 8, 16, 32]
-    assert replay_warmup(version) == 6 + 2  # every size of serving_default, and features and pixels once
+    assert parameters.max_batch_size.value == 32 and not parameters.allowed_batch_sizes
+    assert replay_warmup(version) == 6 + 2  # 1, 2, 4 ... 32 rows of serving_default, and features and pixels once
     about = read_about(version)
     assert (about["run"], about["backbone"]) == ("run0.9", "tiny") and about["test"]["headline"]["value"] == 0.9
     assert str(two_versions.parent) not in (version / "assets.extra" / "run.json").read_text()
@@ -102,13 +103,16 @@ def test_versions_are_listed(two_versions, capsys):
     assert list_versions(two_versions, "photos")[0]["bytes"] > 100_000
 
 
-def test_listing_imports_no_tensorflow(two_versions):
-    code = "import sys; from pipelines.publish import print_versions; print_versions(sys.argv[1:]); "
+def test_the_commands_of_a_shell_import_no_tensorflow(repository):
+    """Publishing what is published elsewhere, going back, listing and a mistake: as `graft` runs them."""
+    code = "import sys; from pipelines.__main__ import main; print([main(line.split()) for line in sys.argv[1:]]); "
     code += "assert not {'tensorflow', 'keras'} & set(sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code, two_versions, "photos"], cwd=ROOT, capture_output=True, text=True
-    )
+    lines = [f"publish {repository}/photos/1 --to {repository} --name other --batch-sizes 1"]
+    lines += [f"rollback {repository} photos", f"versions {repository} other", f"versions {repository} nothing"]
+    done = subprocess.run([sys.executable, "-c", code, *lines], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert f"3 warm-up requests   {repository}/other/1" in done.stdout and "served again" in done.stdout
+    assert "[0, 0, 0, 2]" in done.stdout and "nothing: no version is published there" in done.stderr
 
 
 def test_what_is_worse_on_the_same_test_set_is_refused(repository, exported, tmp_path, capsys):
@@ -138,7 +142,7 @@ def broken(exported, tmp_path, damage):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda folder: (folder / "variables" / "variables.index").unlink(), "layout: .*variables.index: missing"),
+        (lambda folder: (folder / "saved_model.pb").unlink(), "layout: .*saved_model.pb: missing"),
         (lambda folder: (folder / "assets.extra" / "labels.txt").write_text("cat\n"), "answers|rows"),
     ],
 )
@@ -246,8 +250,8 @@ def test_rollback_publishes_the_old_version_again(repository, capsys):
 
 
 def test_a_version_that_broke_is_not_gone_back_to(repository):
-    (repository / "photos" / "1" / "variables" / "variables.index").unlink()
-    with pytest.raises(VerificationError, match=r"variables\.index: missing"):
+    (repository / "photos" / "1" / "saved_model.pb").unlink()
+    with pytest.raises(VerificationError, match=r"saved_model\.pb: missing"):
         rollback(repository, "photos")
     assert visible(repository / "photos") == ["1", "2"]
 
@@ -255,13 +259,16 @@ def test_a_version_that_broke_is_not_gone_back_to(repository):
 def test_labels_and_a_version_that_cannot_be_compared(repository, exported, tmp_path, capsys):
     other = write_run(tmp_path / "other", exported, 0.1, test_ids="abd")
     words = [str(other), "--to", str(repository), "--label", "canary"]
-    words += ["--server-folder", "/srv/"]
+    words += ["--server-folder", "/srv/", "--batch-sizes", "1", "4"]
     assert publish_run(words) == 0
     said = capsys.readouterr().out
     assert "models.config keeps another version as the one that answers" in said
     assert "this or version 2, is not known: they were not measured on the same test set" in said
+    parameters = read_config(repository / "photos" / "3" / "batching_params.pbtxt", "BatchingParameters")
+    assert list(parameters.allowed_batch_sizes) == [1, 4] and replay_warmup(repository / "photos" / "3") == 2 + 2
     model = find_model(read_models(repository), "photos")
     assert labels_of(model) == {"stable": 2, "canary": 3} and model.base_path == "/srv/photos"
+    assert read_config(repository / "monitoring.config", "MonitoringConfig").prometheus_config.enable
     assert print_versions([str(repository), "photos"]) == 0
     assert ["stable," in line for line in capsys.readouterr().out.splitlines()] == [False, False, True, False]
     assert rollback(repository, "photos", to=3) == (repository / "photos" / "3", 3)
@@ -277,11 +284,24 @@ def test_a_policy_that_names_versions_is_not_overridden(repository, exported):
     model = models.model_config_list.config.add(name="photos", base_path="/models/photos")
     model.model_version_policy.specific.versions.extend([1])
     write_config(repository / "models.config", models)
-    said = r"models\.config: it has the server load versions 1 of photos and no others"
-    with pytest.raises(GraftError, match=said):
+    said = (
+        r"but of the versions of photos it has the server load 1 and no others\. Make that line: model_version_policy"
+    )
+    with pytest.raises(GraftError, match=rf"models\.config: another is to be served, {said}"):
         rollback(repository, "photos", to=2)
-    with pytest.raises(GraftError, match=said):
+    with pytest.raises(GraftError, match=f"stable is to be version 2, {said}"):
         publish(exported, repository, "photos", {}, {}, label="canary")
+    assert visible(repository / "photos") == ["1", "2"]
+
+
+def test_a_label_needs_a_version_that_the_server_loads(repository):
+    models = message("ModelServerConfig")
+    set_labels(models, "photos", "/models/photos", {"stable": 2})
+    find_model(models, "photos").model_version_policy.latest.num_versions = 1
+    write_config(repository / "models.config", models)
+    with pytest.raises(GraftError, match="stable is to be version 1, but of the versions of photos it .* load 2 and"):
+        rollback(repository, "photos", to=1)
+    assert read_models(repository) == models
 
 
 # Warm-up.
@@ -349,11 +369,31 @@ def test_wrong_warmup_requests(exported, tmp_path, requests, said):
 
 
 def test_a_warmup_file_that_is_damaged(two_versions, tmp_path):
-    content = (two_versions / "photos" / "1" / WARMUP_FILE).read_bytes()
+    content, file = (two_versions / "photos" / "1" / WARMUP_FILE).read_bytes(), tmp_path / "requests"
+    with pytest.raises(CheckFailed, match="requests: record 0 cannot be read .*No such file"):
+        read_requests(file)
     for damaged in (content[:-3], content[:5000] + b"x" + content[5001:], b"no records at all"):
-        (tmp_path / "requests").write_bytes(damaged)
+        file.write_bytes(damaged)
         with pytest.raises(CheckFailed, match=r"requests: record \d+ cannot be read"):
-            read_requests(tmp_path / "requests")
+            read_requests(file)
+
+
+def test_warmup_records_that_make_no_sense(tmp_path):
+    from tensorflow_serving.apis import prediction_log_pb2
+
+    log, file = prediction_log_pb2.PredictionLog(), str(tmp_path / "requests")
+    log.predict_log.request.inputs["x"].dtype = 14  # bfloat16
+    other = prediction_log_pb2.PredictionLog()
+    other.session_run_log.SetInParent()
+    for record, said in (
+        (log.SerializeToString(), "record 0: the tensor of the input x makes no sense"),
+        (other.SerializeToString(), "record 0 is no predict request"),
+        (b"no proto", "record 0 cannot be read"),
+    ):
+        with tf.io.TFRecordWriter(file) as writer:
+            writer.write(record)
+        with pytest.raises(CheckFailed, match=said):
+            read_requests(file)
 
 
 # What happens to a publisher.
@@ -391,11 +431,13 @@ def kill_publishers(exported, repository, kills: int, seed: int) -> int:
         for _ in range(kills):
             command = [sys.executable, "-c", PUBLISHER, str(exported), str(repository)]
             process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            known = set((repository / "photos").glob(".tmp-*"))
-            while process.poll() is None and not set((repository / "photos").glob(".tmp-*")) - known:
-                time.sleep(0.01)
-            time.sleep(draw.uniform(0, 2 * one_takes))
-            process.send_signal(signal.SIGKILL)
+            try:
+                known = set((repository / "photos").glob(".tmp-*"))
+                while process.poll() is None and not set((repository / "photos").glob(".tmp-*")) - known:
+                    time.sleep(0.01)
+                time.sleep(draw.uniform(0, 2 * one_takes))
+            finally:
+                process.send_signal(signal.SIGKILL)  # it would publish for ever
             assert process.wait() == -signal.SIGKILL, process.stderr.read().decode()
             process.stderr.close()
     finally:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import json
+import pickle
+import subprocess
+import sys
 
 import grpc
 import numpy as np
 import pytest
 
-from serving.export_text import export_text_classifier
 from serving.runtime import import_protos
-from serving.session import Session
-from tests.embedded_server import predict, running, write_model
-from tests.test_export_text import CLASSES, FIXTURES, tiny_classifier
+from tests.embedded_server import ROOT, predict, running, write_model
+from tests.embedded_server import ask as ask_rest
+from tests.test_export import encoded_image
 
 pytestmark = pytest.mark.slow  # servers and exports of their own: minutes
 
@@ -175,6 +178,69 @@ def test_wrong_inputs(ask):
     assert code == STATUS.INVALID_ARGUMENT and message.startswith("Matrix size-incompatible: In[0]: [2,5]")
 
 
+def test_a_few_bytes_cannot_ask_for_gigabytes(ask):
+    """Missing values repeat the last one, but not without end."""
+    tiny = tensor(np.float32([1]))
+    tiny.tensor_shape.dim[0].size = 200_000_000
+    assert refusal(ask, "float32", {"value": tiny}) == (STATUS.INVALID_ARGUMENT, "tensor parsing error: value")
+    empty = type(tiny)(dtype=tiny.dtype)
+    for size in (0, 2**62, 2**62):
+        empty.tensor_shape.dim.add(size=size)
+    assert refusal(ask, "float32", {"value": empty}) == (STATUS.INVALID_ARGUMENT, "tensor parsing error: value")
+
+
+@pytest.mark.parametrize(
+    ("method", "signature", "expected"),
+    [
+        ("Classify", "x", (STATUS.INVALID_ARGUMENT, "No signature was found with the name: x")),
+        ("Regress", "x", (STATUS.INVALID_ARGUMENT, "No signature was found with the name: x")),
+        ("Classify", "two", (STATUS.INVALID_ARGUMENT, "Expected one input Tensor.")),
+        ("Regress", "uneven", (STATUS.INVALID_ARGUMENT, "Expected one output Tensor.")),
+        ("MultiInference", "x", (STATUS.INVALID_ARGUMENT, "Requested signature not found in model graph: x")),
+        ("MultiInference", "two", (STATUS.UNIMPLEMENTED, "Unsupported signature method_name: ")),
+    ],
+)
+def test_methods_for_examples(ports, protos, method, signature, expected):
+    """No signature of these models is made for tf.Example: refused as the real server does."""
+    classification, regression, inference = import_protos(
+        *(f"tensorflow_serving.apis.{name}_pb2" for name in ("classification", "regression", "inference"))
+    )
+    requests = {
+        "Classify": classification.ClassificationRequest(),
+        "Regress": regression.RegressionRequest(),
+        "MultiInference": inference.MultiInferenceRequest(),
+    }
+    request = requests[method]
+    spec = request.tasks.add().model_spec if method == "MultiInference" else request.model_spec
+    spec.name, spec.signature_name = "model", signature
+    with grpc.insecure_channel(f"127.0.0.1:{ports[1]}") as channel:
+        call = getattr(protos["prediction"].PredictionServiceStub(channel), method)
+        refused = refusal(call, request)
+        nothing = refusal(call, type(request)())
+    assert refused == expected
+    message = "ModelSpec has no name specified." if method == "MultiInference" else "Missing ModelSpec"
+    assert nothing == (STATUS.INVALID_ARGUMENT, message)
+
+
+def test_nobody_computes_past_the_deadline(tmp_path, protos):
+    """The client's deadline stops the run, and a request whose turn comes too late is not begun."""
+    write_model(tmp_path / "model" / "1", 1)
+    (tmp_path / "monitoring.config").write_text('prometheus_config { enable: true path: "/metrics" }')
+    words = ["--grpc_max_threads", 1, "--monitoring_config_file", tmp_path / "monitoring.config"]
+    request = protos["predict"].PredictRequest()
+    request.model_spec.name, request.model_spec.signature_name = "model", "busy"
+    request.inputs["x"].CopyFrom(tensor(np.zeros([1], np.float32)))
+    with running(tmp_path / "model", *words) as (rest, port, _), grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stub = protos["prediction"].PredictionServiceStub(channel)
+        calls = [stub.Predict.future(request, timeout=0.02) for _ in range(5)]
+        codes = {call.exception().code() for call in calls}
+        request.model_spec.signature_name = "number"
+        answer = stub.Predict(request, timeout=60)
+        metrics = ask_rest(rest, "GET", "/metrics")[1].decode()
+    assert codes == {STATUS.DEADLINE_EXCEEDED} and array(answer.outputs["number"]).tolist() == [1]
+    assert ':request_count{model_name="model",status="OK"} 1\n' in metrics  # the last one
+
+
 def test_long_messages_are_cut(ask):
     code, message = refusal(ask, "x" * 2000, {})
     assert code == STATUS.FAILED_PRECONDITION and len(message) == 1024 + len("...TRUNCATED")
@@ -191,12 +257,24 @@ def test_metadata(ports, protos):
         request.metadata_field.append("other")
         refused = refusal(call, request)
         no_spec = refusal(call, protos["metadata"].GetModelMetadataRequest(metadata_field=["signature_def"]))
+        request.ClearField("metadata_field")
+        no_field = refusal(call, request)
+        request.metadata_field.append("signature_def")
+        request.model_spec.Clear()
+        request.model_spec.SetInParent()
+        no_name = refusal(call, request)
+        request.model_spec.name = "other"
+        unknown = refusal(call, request)
     assert (response.model_spec.name, response.model_spec.version.value) == ("model", 1)
     signatures = protos["metadata"].SignatureDefMap()
     assert response.metadata["signature_def"].Unpack(signatures)
     assert signatures.signature_def["two"].inputs["a"].dtype == 1
     assert refused == (STATUS.INVALID_ARGUMENT, "Metadata field other is not supported")
     assert no_spec == (STATUS.INVALID_ARGUMENT, "Missing ModelSpec")
+    message = "GetModelMetadataRequest must specify at least one metadata_field"
+    assert no_field == (STATUS.INVALID_ARGUMENT, message)
+    assert no_name == (STATUS.INVALID_ARGUMENT, "ModelSpec has no name specified.")
+    assert unknown == (STATUS.NOT_FOUND, "Servable not found for request: Latest(other)")
 
 
 def test_status(ports, protos):
@@ -210,6 +288,8 @@ def test_status(ports, protos):
         request.model_spec.Clear()
         request.model_spec.name = "other"
         unknown = refusal(call, request)
+        no_spec = refusal(call, protos["status"].GetModelStatusRequest())
+    assert no_spec == (STATUS.INVALID_ARGUMENT, "Missing ModelSpec")
     assert states == [(2, 30, 0), (1, 30, 0)]
     assert missing == (STATUS.NOT_FOUND, "Could not find version 9 of model model")
     assert unknown == (STATUS.NOT_FOUND, "Could not find any versions of model other")
@@ -224,17 +304,62 @@ def test_both_interfaces_give_the_same_numbers(ask, ports):
     np.testing.assert_array_equal(served, values)  # the shortest text that reads back as the same number
 
 
-def test_an_exported_text_model_answers_as_the_loader_does(tmp_path, protos):
+def export_image(folder):
+    """An untrained model of images; returns its input's name and what to ask, the last one no image."""
+    from serving.export import export_image_classifier
+    from tests.test_export import CLASSES, tiny_classifier
+
+    model = tiny_classifier(len(CLASSES))
+    export_image_classifier(model, model.backbone.preprocess, CLASSES, folder)
+    return "image_bytes", [encoded_image(seed, kind) for seed, kind in enumerate(["png", "jpeg"])] + [b"no image"]
+
+
+def export_text(folder):
+    """The same for texts, the last one no UTF-8."""
+    from serving.export_text import export_text_classifier
+    from tests.test_export_text import CLASSES, FIXTURES, tiny_classifier
+
     model, preprocess = tiny_classifier(FIXTURES / "text" / "bert")
-    export_text_classifier(model, preprocess, CLASSES, tmp_path / "words" / "1")
-    texts = [b"The quick brown fox", "Füchse 回答".encode(), b"", b"a\xff"]
-    with Session(tmp_path / "words" / "1") as session:
-        expected = session.run("serving_default", {"text": texts})
+    export_text_classifier(model, preprocess, CLASSES, folder)
+    return "text", [b"The quick brown fox", "Füchse 回答".encode(), b"", b"a\xff"]
+
+
+LOAD_AND_RUN = """
+import pickle, sys
+from serving.session import Session
+folder, name = sys.argv[1:]
+with Session(folder) as session:
+    answers = session.run("serving_default", {name: pickle.load(sys.stdin.buffer)})
+pickle.dump({key: value.tolist() for key, value in answers.items()}, sys.stdout.buffer)
+"""
+
+
+@pytest.mark.parametrize("export", [export_image, export_text])
+def test_answers_are_those_of_the_loader_in_another_process(tmp_path, protos, export):
+    """REST in rows and in columns, and gRPC; for an image and a text model."""
+    name, values = export(tmp_path / "exported" / "1")
+    command = [sys.executable, "-c", LOAD_AND_RUN, tmp_path / "exported" / "1", name]
+    loaded = subprocess.run(command, input=pickle.dumps(values), cwd=ROOT, stdout=subprocess.PIPE, check=True)
+    expected = {key: np.array(value) for key, value in pickle.loads(loaded.stdout).items()}
     request = protos["predict"].PredictRequest()
-    request.model_spec.name = "words"
-    request.inputs["text"].CopyFrom(tensor(texts))
-    channel_to = grpc.insecure_channel
-    with running(tmp_path / "words", name="words") as (_, port, _), channel_to(f"127.0.0.1:{port}") as channel:
+    request.model_spec.name = "exported"
+    request.inputs[name].CopyFrom(tensor(values))
+    coded = [{"b64": base64.b64encode(value).decode()} for value in values]
+    channel_to, path = grpc.insecure_channel, "/v1/models/exported"
+    with running(tmp_path, name="exported") as (rest, port, _), channel_to(f"127.0.0.1:{port}") as channel:
+        rows = json.loads(predict(rest, {"instances": coded}, path)[1])["predictions"]
+        columns = json.loads(predict(rest, {"inputs": coded}, path)[1])["outputs"]
         response = protos["prediction"].PredictionServiceStub(channel).Predict(request, timeout=60)
-    np.testing.assert_array_equal(array(response.outputs["probabilities"]), expected["probabilities"])
-    np.testing.assert_array_equal(array(response.outputs["labels"]), expected["labels"])
+    answers = [
+        {key: [row[key] for row in rows] for key in rows[0]},
+        columns,
+        {key: array(value).tolist() for key, value in response.outputs.items()},
+    ]
+    for answer in answers:
+        assert answer.keys() == expected.keys()
+        for key, value in expected.items():
+            if value.dtype.kind == "f":
+                np.testing.assert_allclose(answer[key], value, rtol=0, atol=1e-6)
+            else:
+                given = [part.encode() if isinstance(part, str) else part for part in np.ravel(answer[key])]
+                assert given == value.ravel().tolist(), key

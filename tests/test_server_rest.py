@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import concurrent.futures
 import gzip
+import http.client
 import json
 import os
 import pathlib
@@ -16,12 +17,9 @@ import sys
 import threading
 import time
 
-import numpy as np
 import pytest
 
-from serving.session import Session
 from tests.embedded_server import ROOT, ask, error_body, predict, running, write_model
-from tests.test_export import CLASSES, encoded_image, tiny_classifier
 
 pytestmark = pytest.mark.slow  # servers and exports of their own: minutes
 
@@ -51,6 +49,25 @@ def port(models):
     (models / "monitoring.config").write_text(MONITORING)
     words = ["--model_config_file", config, "--monitoring_config_file", models / "monitoring.config"]
     with running(*words, "--max_body_bytes", LIMIT) as (rest, _, _):
+        yield rest
+
+
+@pytest.fixture(scope="module")
+def refusing_port(tmp_path_factory):
+    """A server, which lets other sites' pages ask, of a model that fails while it runs and answers what JSON lacks."""
+    import tensorflow as tf
+
+    folder = tmp_path_factory.mktemp("refusing") / "model"
+    module = tf.Module()
+    module.read = tf.function(
+        lambda name: {"read": tf.io.read_file(name[0])[None]},
+        input_signature=[tf.TensorSpec([None], tf.string, "name")],
+    )
+    module.half = tf.function(
+        lambda x: {"half": tf.cast(x, tf.float16)}, input_signature=[tf.TensorSpec([None], tf.float32, "x")]
+    )
+    tf.saved_model.save(module, str(folder / "1"), {"serving_default": module.half, "read": module.read})
+    with running(folder, "--rest_api_enable_cors_support") as (rest, _, _):
         yield rest
 
 
@@ -193,6 +210,17 @@ def test_a_dtype_that_json_cannot_carry(port):
         ("GET", "/v1/models/model/versions/9", 404, error_body("Could not find version 9 of model model")),
         ("POST", "/v1/models/model/labels/x:predict", 400, error_body("Unrecognized servable version label: x")),
         ("GET", "/v1/models/model/labels/x/metadata", 400, error_body("Unrecognized servable version label: x")),
+        (
+            "GET",
+            "/v1/models/model/versions/9/metadata",
+            404,
+            error_body("Servable not found for request: Specific(model, 9)"),
+        ),
+        ("GET", "/v1/models/model/versions/9223372036854775808/metadata", 400, b""),
+        ("GET", "/v1/models/model:predict", 400, error_body("Malformed request: GET /v1/models/model:predict")),
+        ("DELETE", "/v1/models/model", 400, error_body("Malformed request: DELETE /v1/models/model")),
+        ("GET", "/v1/models/..", 404, error_body("Could not find any versions of model ..")),
+        ("GET", "/v1/models/a%00b", 404, error_body("Could not find any versions of model a\0b")),
         ("GET", "/v1/models", 400, error_body("Missing model name in request.")),
         ("POST", "/v1/models/model/versions/9223372036854775808:predict", 400, b""),
         ("GET", f"/v1/models/model/versions/{'9' * 5000}", 400, b""),
@@ -250,6 +278,27 @@ def test_errors_of_the_path(port, method, path, status, body):
             "keys must be equal to: a,b",
         ),
         (
+            '{"signature_name": "two", "instances": [{"a": 1, "c": 1}]}',
+            "Failed to process element: 0 key: c of 'instances' list. Error: INVALID_ARGUMENT: "
+            "JSON object: does not have named input: c",
+        ),
+        (
+            '{"signature_name": "two", "inputs": [1]}',
+            "inputs is a plain value/list, but expecting an object as multiple "
+            "input tensors required as per tensorinfo_map",
+        ),
+        ('{"instances": [{"x": [1, 2]}, [1, 2]]}', "Expecting object but got list at item 1 of input list"),
+        ('{"instances": [[1, 2], {"x": [1, 2]}]}', "Expecting value/list but got object at item 1 of input list"),
+        (
+            '{"instances": [[[1, 2]], [[1], [2]]]}',
+            "Failed to process element: 1 of 'instances' list. Error: INVALID_ARGUMENT: "
+            "Expecting shape [1,2] but got: [2,1]",
+        ),
+        (
+            '{"signature_name": "string", "inputs": [{"b64": "", "x": 1}]}',
+            'JSON Value: {\n    "b64": "",\n    "x": 1\n} not formatted correctly for base64 data',
+        ),
+        (
             '{"signature_name": "two", "instances": [1]}',
             "instances is a plain list, but expecting list of objects as multiple "
             "input tensors required as per tensorinfo_map",
@@ -278,6 +327,45 @@ def test_what_the_kernels_refuse(port):
     assert json.loads(body)["error"].startswith("Matrix size-incompatible: In[0]: [2,5], In[1]: [4,2]")
     status, body = predict(port, {"signature_name": "decode", "instances": ["no image"]})
     assert status == 400 and "Unknown image file format. One of JPEG, " in json.loads(body)["error"]
+
+
+def test_the_code_of_a_kernel_becomes_the_status(refusing_port):
+    """A file that is not there is NOT_FOUND to the runtime, so 404."""
+    status, body = predict(refusing_port, {"signature_name": "read", "instances": ["/nowhere/at/all"]})
+    assert status == 404 and "/nowhere/at/all; No such file" in json.loads(body)["error"]
+
+
+def test_an_output_that_json_cannot_carry(refusing_port):
+    message = "Failed to write JSON value for tensor type: half"
+    assert predict(refusing_port, {"instances": [1]}) == (400, error_body(message))
+
+
+@pytest.mark.parametrize(("fixture", "allowed"), [("port", None), ("refusing_port", "*")])
+def test_headers(request, fixture, allowed):
+    """Whatever the client says it sends; other sites' pages may ask only where a flag lets them."""
+    connection = http.client.HTTPConnection("127.0.0.1", request.getfixturevalue(fixture), timeout=60)
+    connection.request("POST", "/v1/models/model:predict", b'{"inputs": []}', {"Content-Type": "text/plain"})
+    answer = connection.getresponse()
+    assert answer.getheader("Content-Type") == "application/json"
+    assert answer.getheader("Access-Control-Allow-Origin") == allowed
+    assert answer.getheader("Access-Control-Allow-Methods") == (allowed and "POST, GET")
+    connection.close()
+
+
+@pytest.mark.parametrize(
+    ("method", "text", "message"),
+    [
+        ("classify", "", "JSON Parse error: The document is empty"),
+        ("classify", '{"signature_name": "x", "examples": [{}]}', "No signature was found with the name: x"),
+        ("regress", '{"signature_name": "two", "examples": [{}]}', "Expected one input Tensor."),
+        ("regress", '{"signature_name": "to_bytes", "examples": [{}]}', "Expected one output Tensor."),
+        ("classify", '{"examples": []}', "JSON Value: {\n    \"examples\": []\n} 'examples' value is an empty array"),
+    ],
+)
+def test_methods_for_examples(port, method, text, message):
+    """No signature of these models is made for tf.Example: refused as the real server does."""
+    answer = ask(port, "POST", f"/v1/models/model:{method}", text)
+    assert answer == (400, error_body(message))
 
 
 def test_deep_and_wide_values_are_refused(port):
@@ -326,11 +414,10 @@ def test_metadata(port):
 
 
 def test_outside_the_interface(port):
-    status, body = ask(port, "GET", "/")
+    status, body = ask(port, "GET", "/other")
     assert status == 404 and body.startswith(b"<HTML><HEAD>\n<TITLE>404 Not Found</TITLE>")
     assert ask(port, "GET", "/v1/models/%2e%2e%2f%2e%2e%2fetc%2fpasswd")[0] == 404
     assert ask(port, "GET", "/v1/models/model/versions/..%2f1")[0] == 400
-    assert ask(port, "POST", "/v1/models/model:classify", b"{}")[0] == 501
     assert ask(port, "OPTIONS", "/v1/models/model", headers={"Origin": "https://here"})[0] == 200
     assert ask(port, "OPTIONS", "/v1/models/model")[0] == 400
 
@@ -416,24 +503,6 @@ def test_hot_swap_and_rollback_under_load(models, tmp_path):
         ]
 
 
-def test_an_exported_image_model_answers_as_the_loader_does(tmp_path):
-    from serving.export import export_image_classifier
-
-    model = tiny_classifier(len(CLASSES))
-    export_image_classifier(model, model.backbone.preprocess, CLASSES, tmp_path / "photos" / "1")
-    images = [encoded_image(seed, kind) for seed, kind in enumerate(["png", "jpeg"])] + [b"no image"]
-    with Session(tmp_path / "photos" / "1") as session:
-        expected = session.run("serving_default", {"image_bytes": images})
-    rows = [{"b64": base64.b64encode(image).decode()} for image in images]
-    with running(tmp_path, name="photos") as (port, _, _):
-        status, body = predict(port, {"instances": rows}, "/v1/models/photos")
-    answers = json.loads(body)["predictions"]
-    assert status == 200 and [answer["error"] for answer in answers[:2]] == ["", ""] and answers[2]["error"]
-    served = np.array([answer["probabilities"] for answer in answers], np.float32)
-    np.testing.assert_array_equal(served, expected["probabilities"])
-    assert answers[0]["labels"] == [label.decode() for label in expected["labels"][0]]
-
-
 def test_batches(models, tmp_path):
     """Requests that come together share a run; each gets its own rows; a full queue answers as unavailable."""
     (tmp_path / "batching").write_text(
@@ -453,11 +522,24 @@ def test_batches(models, tmp_path):
         assert {body for status, body in answers if status == 503} == {full}
 
 
+def test_padding_in_batches(models, tmp_path):
+    """Rows of different lengths share a batch where that is asked for: padded with their own first value."""
+    (tmp_path / "batching").write_text(
+        "max_batch_size { value: 4 } batch_timeout_micros { value: 2000000 } pad_variable_length_inputs: true"
+    )
+    words = [models / "model", "--enable_batching", "--batching_parameters_file", tmp_path / "batching"]
+    with running(*words) as (port, _, _), concurrent.futures.ThreadPoolExecutor(2) as pool:
+        rows = [[[1, 2], [3, 4]], [[5, 6, 7], [8, 9, 10]]]  # four rows: full, so the timeout is not waited for
+        documents = [{"signature_name": "float32", "instances": one} for one in rows]
+        answers = list(pool.map(lambda one: json.loads(predict(port, one)[1]), documents))
+    assert answers == [{"predictions": [[1, 2, 1], [3, 4, 1]]}, {"predictions": rows[1]}]
+
+
 def test_a_request_that_takes_too_long_and_a_full_queue(models):
     words = ["--rest_api_timeout_in_ms", 20, "--rest_api_num_threads", 1, "--max_waiting_requests", 1]
     busy = json.dumps({"signature_name": "busy", "instances": [0]})
     with running(models / "model", *words) as (port, _, _):
-        assert predict(port, busy) == (504, error_body("No answer within 0.02 s"))
+        assert predict(port, busy) == (504, error_body("Timed out waiting for notification"))
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
             answers = list(pool.map(lambda _: predict(port, busy)[0], range(8)))
         assert 503 in answers and set(answers) <= {503, 504}
@@ -481,6 +563,9 @@ def test_start_and_end(models):
         ([], "no model, or two: expected one of FOLDER, --model_base_path and --model_config_file"),
         (["/nowhere"], "/nowhere: no such folder. Expected a model's"),
         (["--model_config_file", "/nowhere"], "/nowhere: cannot be read as the server's ModelServerConfig"),
+        (["--enable_model_warmup=true"], "--enable_model_warmup: a flag of TF Serving that the embedded server does"),
+        (["--ssl_config_file", "x"], "--ssl_config_file: the embedded server does not encrypt"),
+        (["--model_nam", "x"], "unrecognized arguments: --model_nam"),
     ],
 )
 def test_mistakes_on_the_command_line(words, message):

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from models import GraftError
+from serving.client import MOST_ROWS
 from serving.config import (
+    BATCH_SIZES,
     batching_parameters,
     check_name,
     chosen_versions,
@@ -34,8 +36,12 @@ def test_batching_parameters(tmp_path):
     assert "max_batch_size {\n  value: 16\n}" in text and "allowed_batch_sizes: 4\n" in text
     parameters = read_config(tmp_path / "batching_params.pbtxt", "BatchingParameters")
     assert list(parameters.allowed_batch_sizes) == [1, 4, 16]
-    assert (parameters.max_batch_size.value, parameters.batch_timeout_micros.value) == (16, 1000)
+    assert (parameters.max_batch_size.value, parameters.batch_timeout_micros.value) == (16, 0)
     assert parameters.max_enqueued_batches.value == 100 and not parameters.HasField("num_batch_threads")
+    any_size = batching_parameters(threads=3)
+    assert not any_size.allowed_batch_sizes and any_size.num_batch_threads.value == 3
+    # Graft's client, the warm-up requests and the server agree on the largest.
+    assert any_size.max_batch_size.value == MOST_ROWS == BATCH_SIZES[-1]
 
 
 def test_the_contracts_own_batching_line_is_read(tmp_path):
@@ -46,7 +52,7 @@ def test_the_contracts_own_batching_line_is_read(tmp_path):
     assert parameters.num_batch_threads.value == 4 and parameters.pad_variable_length_inputs
 
 
-@pytest.mark.parametrize("sizes", [[], [0, 1], [1, 4, 2], [1, 2, 2]])
+@pytest.mark.parametrize("sizes", [[0, 1], [1, 4, 2], [1, 2, 2]])
 def test_batch_sizes_that_the_server_would_refuse(sizes):
     with pytest.raises(GraftError, match=r"batch sizes \[.*\]: expected increasing numbers from 1 on"):
         batching_parameters(sizes)
