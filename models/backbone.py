@@ -11,7 +11,7 @@ import keras
 from models import hubs, offline
 from models.applications import load_application
 from models.layouts import folder_layout, read_config
-from models.names import check_backbone_name
+from models.names import RANDOM, check_backbone_name
 from models.text_families import family_of
 
 
@@ -115,7 +115,8 @@ def load_backbone(name: str, pooling: str | None = None) -> Backbone:
         name: an offline name (`efficientnet_lite0`); a built-in name of KerasHub (`resnet_50_imagenet`);
             `hf://user/model` or `hf://user/model@revision`; `kaggle://user/model/keras/variation`;
             `applications:ResNet50V2` or `applications:ResNet50V2:FILE`; `tfhub:URL` or `tfhub:FOLDER`;
-            a folder that holds a KerasHub preset, or a Hugging Face or timm model.
+            a folder that holds a KerasHub preset, or a Hugging Face or timm model; or `random:` and one of these, for
+            random weights.
         pooling: of a text model: "mean" (over real tokens), "cls" (the first one) or "last" (the last real one);
             None: as the model's own files say, else its family's. Other models have one pooling.
 
@@ -123,6 +124,10 @@ def load_backbone(name: str, pooling: str | None = None) -> Backbone:
         GraftError: nothing by that name; says what was looked for and which offline names exist. A pooling that
             does not fit.
     """
+    if name.startswith(RANDOM):
+        from models.random_weights import random_copy
+
+        return random_copy(load_backbone(name.removeprefix(RANDOM), pooling))
     if name == "efficientnet_lite0":
         from models.efficientnet_lite import load_efficientnet_lite0
 

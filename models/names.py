@@ -12,13 +12,15 @@ from models import GraftError, applications, hubs, layouts, offline
 from models.text_families import FAMILIES, family_of, text_types
 from models.text_settings import check_settings
 
+RANDOM = "random:"  # before a name: its architecture with random weights, to compare pretraining with
+
 
 def check_backbone_name(name: str, kind: str | None = "image") -> None:
     """See that a backbone is on this machine; bring it into its hub's local cache where it is not.
 
     Known are offline names, `hf://`, `kaggle://`, KerasHub's built-in names, `applications:`, `tfhub:`,
-    and folders. The modules of `tfhub:` and the weights of `applications:` are brought when they are
-    loaded; here only their host is tried.
+    and folders; each also after `random:`. The modules of `tfhub:` and the weights of `applications:` are brought
+    when they are loaded; here only their host is tried.
 
     Args:
         kind: "image" or "text", what the model must be for; None: either.
@@ -27,6 +29,7 @@ def check_backbone_name(name: str, kind: str | None = "image") -> None:
         GraftError: nothing by that name, no network to get it, or a model of the other kind; says what was looked
             for and where.
     """
+    name = name.removeprefix(RANDOM)
     if name in hubs.offline_names(kind):
         return
     if name in hubs.offline_names():
@@ -160,7 +163,7 @@ def unknown(name: str, kind: str | None = "image") -> GraftError:
 
 def known_blocks(name: str) -> int | None:
     """The number of blocks of an offline backbone; None where only loading it can tell."""
-    return offline.WEIGHTS.get(name, {}).get("blocks")
+    return offline.WEIGHTS.get(name.removeprefix(RANDOM), {}).get("blocks")
 
 
 def check_depth(count: int, backbone_name: str, blocks: int) -> None:

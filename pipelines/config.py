@@ -7,7 +7,9 @@ No TensorFlow here, so that --help and bad flags answer at once.
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
+import re
 import sys
 import typing
 from typing import Literal
@@ -115,37 +117,53 @@ def check_config(config) -> None:
         for name in names
         if name in values and not holds(values[name])
     ]
-    try:
-        depth_blocks(config.model.depth)
-    except GraftError as error:
-        problems.append(str(error))
+    for check, value in ((depth_blocks, config.model.depth), (budget_seconds, config.training.budget)):
+        try:
+            check(value)
+        except GraftError as error:
+            problems.append(str(error))
     if problems:
         raise GraftError("; ".join(problems))
 
 
 RANGES = (  # flags, what must hold, how to say it
     (("head_epochs", "batch_size", "accumulation_steps", "patience", "views"), lambda v: v >= 1, "1 or more"),
+    (("light_blocks",), lambda v: v >= 1, "1 or more"),
     (("fine_tune_epochs", "image_size", "min_per_class", "seed"), lambda v: v >= 0, "0 or more"),
     (("weight_decay", "clip_norm", "mixup", "cutmix", "cache_memory"), lambda v: v >= 0, "0 or more"),
     (("head_learning_rate", "fine_tune_learning_rate"), lambda v: v > 0, "more than 0"),
     (("dropout", "label_smoothing", "warmup", "ema"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
     (("sequence_length",), lambda v: v >= 4, "4 or more"),
-    (("random_erasing",), lambda v: 0 <= v <= 1, "from 0 to 1"),
+    (("random_erasing", "target", "forgetting_limit"), lambda v: 0 <= v <= 1, "from 0 to 1"),
     (("specificity",), lambda v: 0 < v < 1, "between 0 and 1"),
 )
 
 
 def depth_blocks(depth: str) -> int | None:
-    """--depth as a number of blocks: head -> 0, full -> None, else the number.
+    """--depth as a number of blocks: head -> 0, the number itself, full and auto (as many as pay) -> None.
 
     Raises:
         GraftError: any other word.
     """
-    if depth in ("head", "full"):
+    if depth in ("head", "full", "auto"):
         return 0 if depth == "head" else None
     if str(depth).isdecimal() and int(depth) >= 1:
         return int(depth)
-    raise GraftError(f"--depth is {depth!r}, expected head, a number of blocks counted from the top, or full")
+    raise GraftError(f"--depth is {depth!r}, expected auto, head, a number of blocks counted from the top, or full")
+
+
+def budget_seconds(budget: str) -> float:
+    """--budget in seconds: 90s, 10m, 1.5h; infinite where it is empty.
+
+    Raises:
+        GraftError: anything else.
+    """
+    if not budget:
+        return math.inf
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", budget)
+    if not match or not float(match[1]):
+        raise GraftError(f"--budget is {budget!r}, expected a time such as 90s, 10m or 2h")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def check_multi_label_flags(config, noun: str) -> None:

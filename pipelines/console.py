@@ -14,7 +14,12 @@ import rich.table
 
 console = rich.console.Console(highlight=False, soft_wrap=True)
 
-PHASE_TITLES = {"head": "Head", "fine_tune": "Fine-tuning"}
+PHASE_TITLES = {
+    "head": "Head",
+    "fine_tune": "Fine-tuning",
+    "light": "Light fine-tuning",
+    "full": "Full fine-tuning",
+}
 
 
 def progress_bar() -> rich.progress.Progress:

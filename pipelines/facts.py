@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 
+from pipelines import ladder
 from pipelines.config import flat_config
 from pipelines.console import console
 
@@ -41,6 +42,7 @@ def about_run(config, splits, backbone, phases: list[dict], metrics: dict, kind:
         "created": now(),
         "command": f"graft {kind} " + " ".join(changed_flags(config)),
         "verdicts": verdicts(phases, config.model.depth),
+        **({"climb": ladder.story(phases)} if config.model.depth == "auto" else {}),
         "warnings": splits.warnings,
         "class_names": splits.class_names,
         "examples": {**split_sizes(splits), "skipped": len(splits.skipped)},
@@ -165,22 +167,18 @@ def chosen_labels(class_names: list[str], chosen: np.ndarray) -> str:
 
 
 def verdicts(phases: list[dict], depth: str) -> list[str]:
-    """What one would tell a colleague about the two phases."""
+    """What one would tell a colleague about the phases."""
+    if depth == "auto":
+        return ladder.verdicts(phases)
     if len(phases) < 2:
-        return ["Only the head was trained (--depth head)."]
+        because = "--depth head" if depth == "head" else phases[0]["climb"]["because"]
+        return [f"Only the head was trained ({because})."]
     what = {"full": "Fine-tuning the whole backbone", "1": "Fine-tuning the top block"}.get(
         depth, f"Fine-tuning the top {depth} blocks"
     )
     if not phases[1]["kept"]:
         return [f"{what} did not improve validation: the weights of the head phase were kept."]
-    metric = "mean_average_precision" if "mean_average_precision" in phases[0]["test"] else "accuracy"
-    head = phases[0]["test"][metric]
-    gain = 100 * (phases[1]["test"][metric] - head)
-    if gain > 0:
-        return [f"{what} was worth it: {gain:+.1f} points over the head alone ({head:.3f})."]
-    words = metric.replace("_", " ")
-    change = f"cost {-gain:.1f} points of test {words}" if gain < 0 else f"left test {words} as it was"
-    return [f"{what} lowered the validation loss, yet {change} (head alone: {head:.3f})."]
+    return [ladder.gain_verdict(what, phases[0], phases[1])]
 
 
 def split_sizes(splits) -> dict[str, int]:
@@ -239,7 +237,7 @@ def changed_flags(config) -> list[str]:
 def machine_metrics(facts: dict) -> dict:
     """metrics.json: figures without pictures; two equal runs differ in `seconds` and `created` only."""
     kept = ("kind", "created", "class_names", "thresholds", "examples", "class_counts", "verdicts", "warnings")
-    kept += ("baselines",)
+    kept += ("baselines", "climb", "advice")
     settings = {name: value for name, value in facts["settings"].items() if name != "out"}
     return {
         **{name: facts[name] for name in kept if name in facts},

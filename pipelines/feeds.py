@@ -8,6 +8,7 @@ different numbers as there are views of an example. Examples of different length
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -30,6 +31,7 @@ class Feed:
     train_batches: Callable  # (epoch of the phase, epoch of the run) -> tf.data of an epoch of the training set
     batches: Callable  # table -> tf.data of a table, to validate and to test
     features: Callable | None = None  # table -> `cache.Rows` of pooled features [n, d], where they are at hand
+    pooled: Callable | None = None  # inputs -> pooled features [b, d], of a feed of phase 2
 
 
 class Feeds:
@@ -65,6 +67,7 @@ class Feeds:
                 lambda inputs, training=False: self.model(unwrapped(inputs), training=training),
                 lambda view, epoch: self.learning.batches(self.learning.inputs, self.train, epoch),
                 batches,
+                pooled=lambda inputs: self.model.features(unwrapped(inputs)),
             )
         load, plain = self.frozen.load(augmentation, random_erasing), self.frozen.load()
 
@@ -72,7 +75,8 @@ class Feeds:
             more = {"epoch": epoch, "view": view, "training": True, "seed": self.seed}
             return dataset(self.train, load, **more, **self.common, **mixing)
 
-        return Feed(self.model, train_batches, lambda table: dataset(table, plain, **self.common))
+        batches = functools.partial(dataset, load=plain, **self.common)
+        return Feed(self.model, train_batches, batches, pooled=self.model.features)
 
     def head(self, cut: int) -> Feed:
         """Phase 1, on pooled features; cut: the number of the lowest block that phase 2 thaws, 0 for none or all."""
@@ -124,7 +128,12 @@ class Feeds:
             more = {"epoch": epoch, "training": True, "seed": self.seed}
             return cached_dataset(self.train, [found.arrays], np.zeros_like(places), places, **more, **self.common)
 
-        return Feed(forward, train_batches, batches)
+        return Feed(
+            forward,
+            train_batches,
+            batches,
+            pooled=lambda inputs: self.model.features(list(inputs), encoder=suffix),
+        )
 
     def view(self, cut: int, view: int, *changes) -> Activations | None:
         """The tensors at a cut of one view of the training set, in its order."""

@@ -202,10 +202,14 @@ class Examples:
             self.known["features"] = self._features(cut)
         return self.known["features"]
 
+    def features_key(self) -> str:
+        """The key under which the pooled features of all are kept."""
+        lengths = [arrays[0].shape[1:] for arrays in self.inputs or []]
+        return self.frozen.key("features", self.table, self.frozen.model.backbone.pooling, lengths)
+
     def _features(self, cut: int) -> Activations | None:
         frozen, model = self.frozen, self.frozen.model
-        lengths = [arrays[0].shape[1:] for arrays in self.inputs or []]
-        key = frozen.key("features", self.table, model.backbone.pooling, lengths)
+        key = self.features_key()
         count, size = self.table.num_rows, 4 * model.backbone.feature_size
         if cut and count * size < frozen.memory_left and not frozen.is_kept(key):
             self.collected = []

@@ -63,7 +63,7 @@ def run(config: ImageConfig) -> pathlib.Path:
         facts.add_test_figures(phase, splits, logits_of(splits.test))
 
     with runs.explained(run_dir):
-        # Two phases: the head only, then the top blocks too.
+        # The head only, then the top blocks too, then all: for as long as it pays, or as deep as --depth says.
         runs.start_run_folder(run_dir, config, splits)
         phases, logits_of = fit_two_phase(
             model,
@@ -152,8 +152,8 @@ def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thres
     """
     from serving.export import export_image_classifier
 
-    def write(folder):
-        export_image_classifier(
+    def write(folder, **options):
+        return export_image_classifier(
             model,
             model.backbone.preprocess,
             splits.class_names,
@@ -161,11 +161,15 @@ def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thres
             white_level=splits.white_level,
             details={"backbone": model.backbone.name, "source": model.backbone.source},
             thresholds=thresholds,
+            **options,
         )
+
+    def write_variables(folder):
+        return write(folder, folded_bytes=0)
 
     files = [pathlib.Path(path).read_bytes() for path in samples["path"].to_pylist()]
     expected = predict(samples) if files else np.zeros((0, len(splits.class_names)), np.float32)
-    return publish(run_dir, write, files, facts.probabilities_of(expected, model.multi_label))
+    return publish(run_dir, write, files, facts.probabilities_of(expected, model.multi_label), write_variables)
 
 
 def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict]:

@@ -10,6 +10,7 @@ import pathlib
 import yaml
 
 from pipelines.facts import headline
+from pipelines.plots import phase_title
 
 LISTED_CLASSES = 20  # most classes whose figures are listed
 ABOUT = {  # how the examples of each kind of data are spoken of
@@ -105,7 +106,7 @@ def _names(class_names: list[str]) -> str:
 
 
 def _phase_line(phase: dict) -> str:
-    what = {"head": "Head only", "fine_tune": "Fine-tuning"}.get(phase["name"], phase["name"])
+    what = phase_title(phase["name"])
     kept = f"best epoch {phase['best_epoch']} of {phase['epochs']}" if phase["kept"] else "not kept: no gain"
     if "solver" in phase:
         kept = f"L-BFGS with an L2 penalty of {phase['history'][phase['best_epoch'] - 1]['l2']:.2g}"

@@ -56,8 +56,11 @@ class ModelOptions:
     """Offline name (efficientnet_lite0), or the folder of a KerasHub preset: EfficientNet, ResNet, MobileNet or ViT."""
     image_size: int = 0
     """Side of the model's square input, pixels (0: the backbone's native size)."""
-    depth: str = "2"
-    """Blocks to fine-tune in phase 2: head (none), a number counted from the top, or full."""
+    depth: str = "auto"
+    """Blocks to fine-tune: auto climbs from head to the top blocks (light) to all (full) while it may pay, and keeps
+    what does best on validation; or say it: head (none), a number counted from the top, or full."""
+    light_blocks: int = 2
+    """Blocks that the middle rung of --depth auto thaws, counted from the top."""
     dropout: float = 0.2
     """Share of pooled features dropped in training, 0 to 1."""
     train_batch_norm: bool = False
@@ -78,8 +81,11 @@ class TextModelOptions:
     pooling: Literal["auto", "mean", "cls", "last"] = "auto"
     """How token vectors become one: their mean, the first token's, the last token's (auto: as the checkpoint's
     sentence-transformers files say, else as suits the family)."""
-    depth: str = "2"
-    """Blocks to fine-tune in phase 2: head (none), a number counted from the top, or full."""
+    depth: str = "auto"
+    """Blocks to fine-tune: auto climbs from head to the top blocks (light) to all (full) while it may pay, and keeps
+    what does best on validation; or say it: head (none), a number counted from the top, or full."""
+    light_blocks: int = 2
+    """Blocks that the middle rung of --depth auto thaws, counted from the top."""
     dropout: float = 0.2
     """Share of pooled features dropped in training, 0 to 1."""
 
@@ -102,7 +108,7 @@ class FineTuneOptions:
     """Phase 2: the top blocks too. Block d below the head learns at rate * 0.1 * 0.8^(d-1)."""
 
     fine_tune_epochs: int = 4
-    """Most epochs of phase 2."""
+    """Most epochs of phase 2; of each deeper rung, light and full, with --depth auto."""
     fine_tune_learning_rate: float = 3e-4
     """Learning rate of the head in phase 2; blocks get less, by the formula above."""
     augmentation: Literal["none", "flip-crop", "rand-augment"] = "flip-crop"
@@ -128,7 +134,7 @@ class TextFineTuneOptions:
     cutmix: ClassVar[float] = 0.0
 
     fine_tune_epochs: int = 3
-    """Most epochs of phase 2."""
+    """Most epochs of phase 2; of each deeper rung, light and full, with --depth auto."""
     fine_tune_learning_rate: float = 5e-4
     """Learning rate of the head in phase 2; blocks get less, by the formula above."""
 
@@ -163,12 +169,28 @@ class TrainingOptions:
     bfloat16 suits TPUs and new GPUs and CPUs, float16 older GPUs; elsewhere they are slower."""
     patience: int = 3
     """Stop a phase after so many epochs without a better validation loss; the best weights are kept."""
+    target: float = 0.0
+    """Validation accuracy that is enough, such as 0.95: training ends once the best weights reach it (0: never)."""
+    budget: str = ""
+    """Most time for training, such as 90s, 10m or 2h: no deeper phase begins that would likely need more, and one that
+    does ends with its epoch (empty: no limit)."""
     distribute: Literal["none", "mirrored"] = "none"
     """mirrored: all local GPUs, or --devices."""
     devices: tuple[str, ...] = ()
     """Devices for mirrored, such as GPU:0 GPU:1 (none named: all local GPUs)."""
     seed: int = 0
     """Same seed, same command, same machine: same figures."""
+
+
+@dataclasses.dataclass
+class GuardOptions:
+    """What watches over the run."""
+
+    forgetting_limit: float = 0.0
+    """Least likeness (linear CKA, 1: the same) of the features to the pretrained ones: a phase that goes below it is
+    stopped, and its best weights within it are kept (0: no limit; 0.5 stops what destroys a backbone)."""
+    wise_ft: bool = False
+    """Average the pretrained and the fine-tuned weights, in the proportion with the lowest validation loss (WiSE-FT)."""
 
 
 @dataclasses.dataclass
@@ -227,7 +249,7 @@ def flat(options):
 class ImageConfig:
     """Fine-tune a pretrained image model on your pictures, and export it for TensorFlow Serving.
 
-    Phase 1 trains a new head on the frozen backbone; phase 2 trains the top blocks too, slower.
+    Trains a new head on the frozen backbone first, then the top blocks too, slower, then all where that may pay.
     Start with: graft image --data photos/   (one folder of images per class)
     """
 
@@ -237,6 +259,7 @@ class ImageConfig:
     fine_tune: flat(FineTuneOptions) = dataclasses.field(default_factory=FineTuneOptions)
     training: flat(TrainingOptions) = dataclasses.field(default_factory=TrainingOptions)
     cache: flat(ImageCacheOptions) = dataclasses.field(default_factory=ImageCacheOptions)
+    guards: flat(GuardOptions) = dataclasses.field(default_factory=GuardOptions)
     report: flat(ReportOptions) = dataclasses.field(default_factory=ReportOptions)
     run: flat(RunOptions) = dataclasses.field(default_factory=RunOptions)
 
@@ -245,7 +268,7 @@ class ImageConfig:
 class TextConfig:
     """Fine-tune a pretrained text model on your texts, and export it for TensorFlow Serving.
 
-    Phase 1 trains a new head on the frozen backbone; phase 2 trains the top blocks too, slower.
+    Trains a new head on the frozen backbone first, then the top blocks too, slower, then all where that may pay.
     Start with: graft text --data reviews.csv   (columns text and label)
     """
 
@@ -255,5 +278,6 @@ class TextConfig:
     fine_tune: flat(TextFineTuneOptions) = dataclasses.field(default_factory=TextFineTuneOptions)
     training: flat(TrainingOptions) = dataclasses.field(default_factory=TrainingOptions)
     cache: flat(CacheOptions) = dataclasses.field(default_factory=CacheOptions)
+    guards: flat(GuardOptions) = dataclasses.field(default_factory=GuardOptions)
     report: flat(ReportOptions) = dataclasses.field(default_factory=ReportOptions)
     run: flat(RunOptions) = dataclasses.field(default_factory=RunOptions)

@@ -117,7 +117,8 @@ def reliability_plot(bins, multi_label: bool = False) -> str:
 
 def phase_title(name) -> str:
     """What people read for a phase's name: "fine_tune" -> "Fine-tuning"."""
-    return {"head": "Head only", "fine_tune": "Fine-tuning"}.get(name, name.replace("_", " ").capitalize())
+    titles = {"head": "Head only", "fine_tune": "Fine-tuning", "light": "Top blocks", "full": "Whole backbone"}
+    return titles.get(name, name.replace("_", " ").capitalize())
 
 
 def number_or_gap(value) -> float:

@@ -68,7 +68,7 @@ def write_report(run_dir, facts) -> pathlib.Path:
 
     facts: a plain dict. Needed: title, kind, class_names and metrics ({"test" and / or "val": the dict of
     pipelines.evaluate.evaluate or of pipelines.evaluate_multi_label}). Every other key adds a section or a
-    line where it is given and not empty: created, command, verdicts, warnings, examples, class_counts, phases,
+    line where it is given and not empty: created, command, verdicts, warnings, advice, examples, class_counts, phases,
     baselines (as pipelines.baselines gives them), mistakes, settings, backbone, data, timings, serving, versions,
     machine. Raises OSError where the page cannot be written.
     """

@@ -9,6 +9,7 @@ import numpy as np
 
 from models import GraftError
 from pipelines import facts, runs
+from pipelines.advice import run_advice
 from pipelines.console import console
 from pipelines.data import targets_of
 from pipelines.evaluate_multi_label import choose_thresholds
@@ -29,11 +30,12 @@ def score(splits, logits_of, config) -> tuple[dict, dict, np.ndarray | None]:
     return logits, facts.metrics_of(splits, logits, thresholds, config), thresholds
 
 
-def publish(run_dir: pathlib.Path, write, samples: list, probabilities) -> tuple[pathlib.Path, dict]:
+def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwise=None) -> tuple[pathlib.Path, dict]:
     """Export to RUN/serving/NAME/NUMBER, verified on examples before it gets its number.
 
     Args:
-        write: (folder) -> None, writes the SavedModel.
+        write: (folder) -> what became of the weights; writes the SavedModel.
+        otherwise: as `write`, used where constants change an answer too much, which noise did not show.
         samples: what the served model is asked, a list of bytes, or of pairs of bytes.
         probabilities: [n, classes] float32, training's answers for them.
 
@@ -41,15 +43,24 @@ def publish(run_dir: pathlib.Path, write, samples: list, probabilities) -> tuple
         The version's folder, and what was checked.
     """
     from serving.new_version import publish_version
-    from serving.verify import verify
+    from serving.verify import VerificationError, verify
 
     checked = {}
+
+    def write_and_note(folder):
+        checked["weights"] = write(folder)["kept_as"]
 
     def check(folder):
         checked.update(verify(folder, samples, probabilities))
 
-    with console.status("exporting and verifying the SavedModel"):
-        version = publish_version(write, run_dir / "serving" / runs.serving_name(run_dir), check)
+    try:
+        with console.status("exporting and verifying the SavedModel"):
+            version = publish_version(write_and_note, run_dir / "serving" / runs.serving_name(run_dir), check)
+    except VerificationError as error:
+        if otherwise is None or checked["weights"] == "variables":
+            raise
+        console.print(f"[yellow]Note: {error} Trying again with weights as variables.")
+        return publish(run_dir, otherwise, samples, probabilities)
     return version, checked
 
 
@@ -84,6 +95,7 @@ def write_results(run_dir, config, kind: str, splits, backbone, phases, scored, 
         gathered["baselines"] = list(baselines)
         headline = metrics["test"]["headline"]
         gathered["verdicts"] = [*gathered["verdicts"], *(baseline_verdict(headline, row) for row in baselines)]
+    gathered["advice"] = run_advice(gathered)
     report = write_report(run_dir, gathered)
     write_model_card(run_dir, gathered)
     runs.write_json(run_dir / "metrics.json", facts.machine_metrics(gathered))

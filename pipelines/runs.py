@@ -21,10 +21,8 @@ from pipelines.inspections import content_id
 from pipelines.splits import INPUT_COLUMNS, SPLIT_NAMES, labels_of
 from pipelines.texts import text_id
 
-CHECKPOINTS = (
-    "fine_tune",
-    "head",
-)  # newest first: a fine-tuned checkpoint exists only where it beat the head
+# Newest first: the checkpoint of a phase exists only where it beat those before it. full and light are of --depth auto.
+CHECKPOINTS = ("full", "light", "fine_tune", "head")
 LONGEST_TEXT = 2**31 - 1  # characters that a cell of splits.csv may have; Python's csv would stop at 131,072
 
 

@@ -60,7 +60,7 @@ def run(config: TextConfig) -> pathlib.Path:
         facts.add_test_figures(phase, splits, logits_of(splits.test))
 
     with runs.explained(run_dir):
-        # Two phases: the head only, then the top blocks too.
+        # The head only, then the top blocks too, then all: for as long as it pays, or as deep as --depth says.
         runs.start_run_folder(run_dir, config, splits)
         phases, logits_of = fit_two_phase(
             model,
@@ -159,7 +159,7 @@ def publish_texts(model, class_names: list[str], run_dir: pathlib.Path, samples,
 
     def write(folder):
         details = {"backbone": model.backbone.name, "source": model.backbone.source}
-        export_text_classifier(
+        return export_text_classifier(
             model, model.backbone.preprocess, class_names, folder, details=details, thresholds=thresholds, pairs=pairs
         )
 

@@ -20,12 +20,24 @@ from models import GraftError, freezing
 from models import optimizer as optimizers
 from models.classifier import Classifier
 from models.precision import LossScale, set_precision
-from pipelines.config import depth_blocks
+from pipelines import ladder
+from pipelines.config import budget_seconds, depth_blocks
+from pipelines.console import console
 from pipelines.data import Splits, targets_of
 from pipelines.feeds import Feed, Feeds
-from pipelines.head_solver import solve_head
+from pipelines.guards import ForgettingGuard
+from pipelines.head_solver import ROWS_AT_ONCE, solve_head
 from pipelines.prediction import feed_predictor, predict_logits
-from pipelines.steps import MovingAverage, make_predict_step, make_train_step, mean_loss_and_accuracy
+from pipelines.steps import (
+    MovingAverage,
+    dropout_seeder,
+    make_predict_step,
+    make_train_step,
+    mean_loss_and_accuracy,
+    share_correct,
+    train_epoch,
+)
+from pipelines.weight_average import average_kept
 
 
 def class_weighted(table, class_count: int):
@@ -53,22 +65,31 @@ def fit_phase(
     callbacks=(),
     on_best=lambda model: None,
     first_epoch: int = 0,
+    epochs_aside: int = 0,
     best_val_loss: float = math.inf,
+    deadline: float = math.inf,
+    guard=None,
 ) -> dict:
     """Train what is flagged trainable, stop early, and leave the model with its best weights, computing in float32.
 
     With `options.ema` the weights that are validated and kept are the averaged ones.
 
     Args:
-        name: "head" or "fine_tune".
+        name: "head" or "fine_tune"; "light" or "full" under --depth auto.
         feed: what to train on; train, val: tables of the training and the validation set.
         options: `pipelines.config.TrainingOptions`.
         on_best: called with the model whenever validation has improved, to save it.
         first_epoch: epochs of earlier phases: data order and logs go on from there.
+        epochs_aside: of phases that this one does not go on from: only the logs go on from there.
         best_val_loss: what must be beaten; if no epoch does, the model leaves as it came.
+        deadline: of time.perf_counter(); the epoch in which it passes is the last.
+        guard: `pipelines.guards.ForgettingGuard`, asked after each epoch: its figures go into the history, and an epoch
+            that is beyond its limit is never the best one, and the last.
 
     Returns:
-        What `phase_facts` gives, with a row of history per epoch; kept and val_loss of the best one.
+        What `phase_facts` gives, with a row of history per epoch; kept and val_loss of the best one; right [val]: what
+        the epoch of this phase with the lowest validation loss had right, kept or not, as `share_correct` gives it;
+        forgot: whether the limit of the guard was passed.
     """
     started = time.perf_counter()
     steps = len(feed.train_batches(0, first_epoch))
@@ -81,6 +102,7 @@ def fit_phase(
     moving = freezing.moving_weights(model)
     best_weights = [weight.numpy() for weight in moving]
     best_epoch, history = 0, []
+    own_loss, own_epoch, right = math.inf, 0, None
 
     model.optimizer, model.stop_training = optimizer, False  # what Keras callbacks read
     observers = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=epochs, steps=steps)
@@ -89,7 +111,8 @@ def fit_phase(
     try:
         for epoch in range(epochs):
             epoch_started = time.perf_counter()
-            observers.on_epoch_begin(first_epoch + epoch)
+            shown = epochs_aside + first_epoch + epoch
+            observers.on_epoch_begin(shown)
             batches = strategy.experimental_distribute_dataset(feed.train_batches(epoch, first_epoch + epoch))
             first_step = (first_epoch + epoch) * steps
             loss, accuracy = train_epoch(train_step, batches, observers, set_dropout_seeds, first_step)
@@ -97,16 +120,22 @@ def fit_phase(
                 logits = predict_logits(predict_step, strategy, feed.batches(val), val.num_rows)
                 val_loss, val_accuracy = mean_loss_and_accuracy(val_targets, logits, model.multi_label)
                 check_finite(name, epoch + 1, loss, val_loss, learning_rate)
-                if val_loss < best_val_loss:
+                drift, forgot = guard() if guard else ({}, False)
+                if val_loss < own_loss:
+                    own_loss, own_epoch = val_loss, epoch + 1
+                    right = share_correct(val_targets, logits, model.multi_label).numpy()
+                if val_loss < best_val_loss and not forgot:
                     best_val_loss, best_epoch = val_loss, epoch + 1
                     best_weights = [weight.numpy() for weight in moving]
                     on_best(model)
             row = {"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
             row["learning_rate"] = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
             seconds = time.perf_counter() - epoch_started
-            history.append({"epoch": first_epoch + epoch + 1, **row, "seconds": seconds})
-            observers.on_epoch_end(first_epoch + epoch, row)
-            if epoch + 1 - best_epoch >= options.patience or model.stop_training:
+            history.append({"epoch": shown + 1, **row, **drift, "seconds": seconds})
+            observers.on_epoch_end(shown, row)
+            waited = epoch + 1 - own_epoch >= options.patience  # for itself: a deeper phase may need longer to pass
+            enough = best_epoch == epoch + 1 and 0 < options.target <= val_accuracy
+            if forgot or waited or enough or model.stop_training or time.perf_counter() > deadline:
                 break
     finally:  # after Ctrl-C too: the progress bar gives the terminal back
         set_precision(model, "float32")
@@ -116,7 +145,7 @@ def fit_phase(
     for weight, value in zip(moving, best_weights):
         weight.assign(value)
     facts = phase_facts(model, name, started, learning_rate, moved, history, best_epoch)
-    return {**facts, "kept": best_epoch > 0, "val_loss": best_val_loss}
+    return {**facts, "kept": best_epoch > 0, "val_loss": best_val_loss, "right": right, "forgot": forgot}
 
 
 def phase_facts(model, name: str, started: float, learning_rate: float, moved: dict, history, best_epoch) -> dict:
@@ -150,35 +179,38 @@ def fit_head_by_lbfgs(model: Classifier, feed: Feed, train, val, *, options, on_
     started = time.perf_counter()
     before = freezing.checksums(model)
     classes = model.head.units
+    val_features, val_targets = feed.features(val), targets_of(val, model.head.units)
     heads, path, best, simplest = solve_head(
         feed.features(train),
         targets_of(train, classes),
         train["weight"].to_numpy(),
-        feed.features(val),
-        targets_of(val, classes),
+        val_features,
+        val_targets,
         model.multi_label,
         options.label_smoothing,
     )
-    set_head(model, heads[best])
+    kernel, bias = heads[best]
+    model.head.kernel.assign(kernel)
+    model.head.bias.assign(bias)
     on_best(model)
+    starts = range(0, val.num_rows, ROWS_AT_ONCE)
+    logits = np.concatenate([val_features[first : first + ROWS_AT_ONCE] @ kernel + bias for first in starts])
+    right = share_correct(val_targets, logits, model.multi_label).numpy()
     facts = phase_facts(model, "head", started, 0.0, freezing.check_moved(model, before), path, best + 1)
-    return {**facts, "solver": "lbfgs", "kept": True, "val_loss": path[best]["val_loss"], "simplest": heads[simplest]}
+    figures = {"solver": "lbfgs", "kept": True, "val_loss": path[best]["val_loss"]}
+    return {**facts, **figures, "simplest": heads[simplest], "right": right}
 
 
-def set_head(model: Classifier, head: tuple) -> None:
-    """head: kernel [d, classes] and bias [classes]."""
-    model.head.kernel.assign(head[0])
-    model.head.bias.assign(head[1])
+def head_fit(model: Classifier, feed: Feed, options, strategy, **more) -> tuple[float, Callable]:
+    """How phase 1 is trained: its learning rate (0 by L-BFGS, which has none), and `fit_phase` or its like.
 
-
-def fit_from(model: Classifier, head: tuple, fit: Callable, **arguments) -> dict:
-    """Run a phase from another head than the model's; where the phase is not kept, the model gets its own back."""
-    own = model.head.kernel.numpy(), model.head.bias.numpy()
-    set_head(model, head)
-    phase = fit(**arguments)
-    if not phase["kept"]:
-        set_head(model, own)
-    return phase
+    options: `pipelines.options.HeadOptions`; more: arguments of `fit_phase`.
+    """
+    if feed.features and options.head_solver == "auto" and strategy.num_replicas_in_sync == 1:
+        return 0.0, functools.partial(fit_head_by_lbfgs, model)
+    rate = options.head_learning_rate
+    more |= {"epochs": options.head_epochs, "learning_rate": rate, "strategy": strategy}
+    return rate, functools.partial(fit_phase, model, "head", **more)
 
 
 def make_updates(model: Classifier, feed: Feed, learning_rate: float, total_steps: int, options, strategy, spec=None):
@@ -215,29 +247,6 @@ def check_finite(phase: str, epoch: int, loss: float, val_loss: float, learning_
         )
 
 
-def train_epoch(train_step, batches, observers, set_dropout_seeds, first_step: int) -> tuple[float, float]:
-    """One pass over the batches: the epoch's mean loss (as trained on) and share of correct answers."""
-    sums = np.zeros(4)
-    for step, batch in enumerate(batches):
-        set_dropout_seeds(first_step + step)
-        observers.on_train_batch_begin(step)
-        sums += train_step(batch).numpy()
-        observers.on_train_batch_end(step, {"loss": sums[0] / sums[1], "accuracy": sums[2] / sums[3]})
-    return float(sums[0] / sums[1]), float(sums[2] / sums[3])
-
-
-def dropout_seeder(model: Classifier, seed: int):
-    """A function of the step that sets every dropout layer's random state: dropout is a function of (seed, step)."""
-    generators = [layer.seed_generator for layer in model._flatten_layers() if hasattr(layer, "seed_generator")]
-
-    def set_seeds(step: int) -> None:
-        for index, generator in enumerate(generators):
-            state = np.array([seed * 1_000_003 + index, step * 65_536], np.uint64) % 2**32
-            generator.state.assign(state.astype(np.uint32))
-
-    return set_seeds
-
-
 # ---------------------------------------------------------------- two phases
 
 
@@ -264,9 +273,11 @@ def fit_two_phase(
     on_end=None,
     read_inputs=None,
 ) -> tuple[list[dict], Callable]:
-    """Phase 1: the head on the frozen backbone. Phase 2: the top `--depth` blocks too, at reduced rates.
+    """The head on the frozen backbone first, then the top `--depth` blocks too, at reduced rates.
 
-    A phase 2 that does not improve validation is undone: the model leaves with the weights of phase 1.
+    With --depth auto the phases are the rungs of `pipelines.ladder`: head, light and full, for as long as it may pay.
+    With any other depth they are head and fine_tune. A phase that does not improve validation is undone: the model
+    leaves with the weights of the best one.
 
     Args:
         loader: augmentation name -> `load` function for `pipelines.data.dataset`; also called with
@@ -279,48 +290,67 @@ def fit_two_phase(
         on_end: (phase dict of `fit_phase`, function of a table -> logits), after each phase; it may add to the dict.
 
     Returns:
-        The phase dicts, and the last phase's function of a table of the splits -> logits [n, classes].
+        The phase dicts, each with `climb` (`pipelines.ladder.climb_facts`, went_on and because), and a function of a
+        table of the splits -> logits [n, classes] of the model as it leaves.
     """
-    options, phases = config.training, []
+    options, phases, total = config.training, [], len(model.blocks)
     check_batch_size(options, strategy.num_replicas_in_sync)
     train = splits.train
     if options.class_weights == "balanced":
         train = class_weighted(train, len(splits.class_names))
-    count = depth_blocks(config.model.depth) if config.fine_tune.fine_tune_epochs else 0
-    cut = len(model.blocks) - count if count else 0
+    epochs = config.fine_tune.fine_tune_epochs
+    depth = config.model.depth if epochs else "head"
+    rungs = ladder.rungs_of(depth, depth_blocks(depth), config.model.light_blocks, total)
+    cuts = [total - blocks if blocks else 0 for _, blocks in rungs]
     feeds = Feeds(model, splits, train, loader, config, strategy, read_inputs)
+    guard = ForgettingGuard(model, train, config.guards.forgetting_limit)
+    clock, best = ladder.Clock(budget_seconds(options.budget)), {}
 
-    def run_phase(name, feed, rate, fit, **more):
+    def run_phase(name, feed, rate, fit) -> None:
+        """Train, compare with the best phase so far, and decide whether to go on."""
         if on_start:
             on_start(name, freezing.trainable_table(model, rate, optimizers.block_multipliers(model)))
         save = (lambda model: on_best(name, model)) if on_best else lambda model: None
-        phases.append(fit(feed=feed, train=train, val=splits.val, options=options, on_best=save, **more))
-        logits_of = feed_predictor(feed.forward, feed.batches, strategy)
+        phase = fit(feed=feed, train=train, val=splits.val, options=options, on_best=save)
+        right = phase.pop("right")
+        phase["climb"] = ladder.climb_facts(phase, clock.stop(), right, best.get("right"))
+        if phase["kept"]:
+            best.update(right=right, feed=feed, logits_of=feed_predictor(feed.forward, feed.batches, strategy))
+        phases.append(phase)
+        needed = ladder.seconds_needed(phases, rungs, total, epochs)
+        went_on, because = ladder.decide(phases, rungs, options.target, clock.left, needed)
+        phase["climb"] |= {"went_on": went_on, "because": because}
         if on_end:
-            on_end(phases[-1], logits_of)
-        return logits_of
+            on_end(phase, best["logits_of"])
+        if depth == "auto" or (not went_on and len(phases) < len(rungs)):
+            console.print(f"  {'Going on' if went_on else 'No further'}: {because}.\n")
+        clock.start()
 
     by_steps = {"strategy": strategy, "callbacks": callbacks}
     freezing.freeze(model)
-    feed, head = feeds.head(cut), config.head
-    if feed.features and head.head_solver == "auto" and strategy.num_replicas_in_sync == 1:
-        logits_of = run_phase("head", feed, 0.0, functools.partial(fit_head_by_lbfgs, model))
-    else:
-        fit = functools.partial(fit_phase, model, "head", epochs=head.head_epochs, **by_steps)
-        rate = head.head_learning_rate
-        logits_of = run_phase("head", feed, rate, fit, learning_rate=rate)
+    feed = feeds.head(cuts[1] if len(rungs) > 1 else 0)
+    rate, fit = head_fit(model, feed, config.head, deadline=clock.deadline, **by_steps)
+    run_phase("head", feed, rate, fit)
     simplest = phases[0].pop("simplest", None)
-    if count == 0:
-        return phases, logits_of
 
-    if count is None:
-        freezing.unfreeze_all(model, config.model.train_batch_norm)
-    else:
-        freezing.unfreeze_top(model, count, config.model.train_batch_norm)
-    fit = functools.partial(fit_phase, model, "fine_tune", epochs=config.fine_tune.fine_tune_epochs, **by_steps)
-    if simplest:
-        fit = functools.partial(fit_from, model, simplest, fit)
-    rate = config.fine_tune.fine_tune_learning_rate
-    first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
-    more = {"learning_rate": rate, "first_epoch": first_epoch, "best_val_loss": phases[0]["val_loss"]}
-    return phases, run_phase("fine_tune", feeds.fine_tune(cut), rate, fit, **more)
+    rate, start = config.fine_tune.fine_tune_learning_rate, None
+    while phases[-1]["climb"]["went_on"]:
+        name, blocks = rungs[len(phases)]
+        freezing.unfreeze_top(model, blocks or total, config.model.train_batch_norm)
+        if start is None:
+            weights = freezing.moving_weights(model) if len(rungs) > 2 else model.head.weights
+            start = ladder.starting_weights(weights, model.head.weights, simplest)
+        # The order of the data is that of a run of this phase alone: full gives what --depth full would have given.
+        first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
+        more = {"first_epoch": first_epoch, "epochs_aside": sum(phase["epochs"] for phase in phases[1:])}
+        more |= {"learning_rate": rate, "best_val_loss": ladder.best_phase(phases)["val_loss"], **by_steps}
+        fit = functools.partial(fit_phase, model, name, epochs=epochs, deadline=clock.deadline, **more)
+        feed = feeds.fine_tune(cuts[len(phases)])
+        fit = functools.partial(fit, guard=guard.begin(feed))
+        run_phase(name, feed, rate, functools.partial(ladder.fit_from, start, fit))
+    phase = ladder.best_phase(phases)
+    if config.guards.wise_ft and phase is not phases[0]:
+        average_kept(guard, best["feed"], best["logits_of"], splits.val, phase)
+        if on_best:
+            on_best(phase["name"], model)
+    return phases, best["logits_of"]

@@ -109,7 +109,7 @@ def merge_into_convolutions(graph, outputs: list[str]):
     Returns:
         The GraphDef of what the outputs need.
     """
-    graph = needed(skip_identities(graph), outputs)
+    graph = needed(skip_identities(without_gradients(graph)), outputs)
     nodes = {node.name: node for node in graph.node}
     users = find_users(graph, outputs)
     chains = {}
@@ -123,6 +123,18 @@ def merge_into_convolutions(graph, outputs: list[str]):
     for name, steps in chains.items():
         merge(graph, nodes[name], steps, values)
     return needed(graph, outputs)
+
+
+def without_gradients(graph):
+    """Forget the gradients that layers define themselves (swish): they capture tensors, which cannot be saved.
+
+    What they are attached to only passes its inputs on. Changes the graph and returns it.
+    """
+    for node in [*graph.node, *(node for function in graph.library.function for node in function.node_def)]:
+        node.attr.pop("_gradient_op_type", None)
+    for function in graph.library.function:
+        function.attr.pop("_gradient_op_type", None)
+    return graph
 
 
 def skip_identities(graph):

@@ -48,7 +48,10 @@ def test_metrics_json_has_what_machines_need(run_dir):
     metrics = json.loads((run_dir / "metrics.json").read_text())
     assert {"accuracy", "loss", "macro_f1"} <= set(metrics["test"]) & set(metrics["val"])
     assert metrics["examples"] == {"train": 24, "val": 6, "test": 6, "skipped": 0}
-    assert [phase["name"] for phase in metrics["phases"]] == ["head", "fine_tune"]
+    assert [phase["name"] for phase in metrics["phases"]] == ["head", "light", "full"]  # the default: --depth auto
+    rungs = metrics["climb"]["rungs"]
+    assert [row["rung"] for row in rungs] == ["head", "light", "full"] and rungs[-1]["went_on"] is False
+    assert metrics["climb"]["best"] == [row["rung"] for row in rungs if row["kept"]][-1]
     for phase in metrics["phases"]:
         assert {"name", "epochs", "seconds", "trainable_parameters"} <= set(phase)
     assert metrics["class_names"] == ["class0", "class1", "class2"]

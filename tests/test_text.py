@@ -47,7 +47,7 @@ def write_csv(path, rows):
 
 def run(data, backbone, out, *more):
     words = ["--data", data, "--backbone", backbone, "--out", out, "--fine-tune-epochs", 2, "--batch-size", 8]
-    words += ["--sequence-length", 32, *more]
+    words += ["--sequence-length", 32, "--depth", 2, *more]
     return text.run(parse_config([str(word) for word in words], TextConfig, "graft text"))
 
 

@@ -38,7 +38,7 @@ def make_config(**options):
     return config
 
 
-def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, **options):
+def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, hooks=None, **options):
     strategy = strategy or tf.distribute.get_strategy()
     config = make_config(**options)
     with strategy.scope():
@@ -48,7 +48,7 @@ def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, **options):
     def loader(augmentation, random_erasing=0.0):
         return image_loader(backbone.preprocess, splits.white_level, augmentation, random_erasing)
 
-    phases, _ = training.fit_two_phase(model, splits, loader, config, strategy)
+    phases, _ = training.fit_two_phase(model, splits, loader, config, strategy, **(hooks or {}))
     return model, phases
 
 
@@ -278,3 +278,78 @@ def test_a_batch_that_devices_cannot_share_is_refused(splits, mirrored):
 def test_a_loss_that_is_not_finite_says_what_to_do(splits):
     with pytest.raises(GraftError, match="loss of phase head is not finite in epoch 1.*Lower the learning rate"):
         train(splits, head_learning_rate=1e38, clip_norm=0.0, optimizer="sgd", schedule="constant")
+
+
+# ---- --depth auto
+
+
+@pytest.mark.slow
+def test_each_rung_gives_what_its_depth_alone_gives(splits):
+    options = {"head_epochs": 2, "fine_tune_epochs": 2, "dropout": 0.2}
+    _, climbed = train(splits, depth="auto", light_blocks=1, **options)
+    assert [phase["name"] for phase in climbed] == ["head", "light", "full"]
+    for rung, depth in zip(climbed[1:], ("1", "full")):
+        _, (_, alone) = train(splits, depth=depth, **options)
+        assert rung["weights"] == alone["weights"]
+        np.testing.assert_allclose(losses([rung]), losses([alone]), rtol=1e-6)
+    best = min(climbed, key=lambda phase: phase["climb"]["val_loss"])
+    assert best["kept"] and climbed[0]["kept"]
+    assert [row["epoch"] for phase in climbed for row in phase["history"]] == [1, 2, 3, 4, 5, 6]
+
+
+class Wrecker(keras.callbacks.Callback):
+    """Spoils the lowest block whenever it trains."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        lowest = self.model.blocks[0].layers[0]
+        if lowest.trainable:
+            lowest.kernel.assign(lowest.kernel * -3.0)
+
+
+def test_a_rung_that_makes_validation_worse_is_undone(splits):
+    best, left = {}, []
+    hooks = {
+        "callbacks": [Wrecker()],
+        "on_best": lambda name, model: best.update({name: [weight.numpy() for weight in model.weights]}),
+        "on_end": lambda phase, logits_of: left.append(logits_of(splits.test)),
+    }
+    options = {"cache": "memory", "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01}
+    model, phases = train(splits, depth="auto", light_blocks=1, hooks=hooks, **options)
+    assert [phase["kept"] for phase in phases] == [True, True, False]
+    assert phases[2]["climb"]["val_loss"] > phases[1]["val_loss"] == phases[2]["val_loss"]
+    assert set(best) == {"head", "light"}
+    for weight, saved in zip(model.weights, best["light"], strict=True):
+        np.testing.assert_array_equal(weight.numpy(), saved)
+    np.testing.assert_array_equal(left[1], left[2])
+    assert validation_loss(model, splits) == pytest.approx(phases[1]["val_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_a_gain_that_is_excluded_ends_the_climb(splits, monkeypatch):
+    monkeypatch.setattr(training.ladder, "LEAST_GAIN", 1.5)  # which no interval reaches
+    _, phases = train(splits, depth="auto", head_epochs=1, fine_tune_epochs=1)
+    assert [phase["name"] for phase in phases] == ["head", "light"]
+    assert phases[1]["climb"]["because"].startswith("a gain of half a point is excluded")
+
+
+@pytest.mark.parametrize(
+    ("options", "because"),
+    [
+        ({"depth": "auto", "target": 0.01}, "has reached the target of 0.01"),
+        ({"depth": "2", "budget": "0.001s"}, "of the budget 0 s are left"),
+    ],
+)
+def test_a_target_and_a_budget_end_phase_and_climb_after_an_epoch(splits, options, because):
+    _, (head,) = train(splits, head_epochs=5, **options)
+    assert head["epochs"] == 1 and head["kept"]
+    assert because in head["climb"]["because"]
+
+
+@pytest.mark.slow
+def test_a_climb_on_two_replicas_is_that_on_one(splits, mirrored):
+    options = {"depth": "auto", "optimizer": "sgd", "head_epochs": 1, "fine_tune_epochs": 2}
+    _, one = train(splits, **options)
+    _, two = train(splits, mirrored, **options)
+    assert [phase["name"] for phase in two] == ["head", "light", "full"]
+    np.testing.assert_allclose(losses(two), losses(one), atol=1e-5, rtol=0)
+    assert [phase["kept"] for phase in two] == [phase["kept"] for phase in one]

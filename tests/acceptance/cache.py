@@ -83,7 +83,7 @@ def scratch(folder):
 
 def figures(folder, name, environment, *words):
     """test figures and losses of both phases of a run on a small part of `textures`."""
-    common = ("--image-size", 96, "--head-solver", "sgd")
+    common = ("--image-size", 96, "--head-solver", "sgd", "--depth", 2)
     common += () if "--data" in words else ("--data", tiles(folder), "--fine-tune-epochs", 3)
     done, seconds = graft("image", *common, *words, "--out", folder / name, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -138,7 +138,7 @@ def kills(folder):
     cache = folder / "cache_b"
     cache.mkdir()
     environment = own_cache(cache)
-    words = ["--data", tiles(folder), "--image-size", 96, "--head-solver", "sgd", "--fine-tune-epochs", 3]
+    words = ["--data", tiles(folder), "--image-size", 96, "--head-solver", "sgd", "--fine-tune-epochs", 3, "--depth", 2]
     clean, seconds = figures(folder, "clean", {"GRAFT_CACHE": environment["GRAFT_CACHE"]}, "--cache", "none")
     chance, left, whole = random.Random(0), 0, 0
     for number in range(10):

@@ -19,7 +19,8 @@ from tests.acceptance.tools import PYTHON, ROOT, graft
 
 
 def train(out, *words):
-    done, seconds = graft("image", "--data", "textures", "--image-size", 160, "--out", out, *words)
+    common = ("--data", "textures", "--image-size", 160, "--depth", 2)
+    done, seconds = graft("image", *common, "--out", out, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((pathlib.Path(out) / "metrics.json").read_text()), seconds
 

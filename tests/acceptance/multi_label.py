@@ -12,7 +12,7 @@ from tests.acceptance.tools import graft
 
 PICTURES = {"train": 800, "val": 160, "test": 300}
 VAL_TILES = 7  # every seventh training tile is kept for validation pictures
-FLAGS = ("--backbone", "efficientnet_lite0", "--image-size", 160, "--augmentation", "none")
+FLAGS = ("--backbone", "efficientnet_lite0", "--image-size", 160, "--depth", 2, "--augmentation", "none")
 
 
 def multi_label_case(folder) -> list[tuple]:

@@ -155,7 +155,7 @@ def tfds(folder):
             for path in sorted(label.iterdir())[:20]:
                 shutil.copy(path, chosen / split / label.name)
     store_as_tfds(chosen, folder / "tfds", "tiles")
-    words = ["--image-size", 96, "--head-epochs", 2, "--fine-tune-epochs", 1]
+    words = ["--image-size", 96, "--head-epochs", 2, "--fine-tune-epochs", 1, "--depth", 2]
     figures = []
     for name, data in {
         "folder": ["--data", chosen],
@@ -179,7 +179,7 @@ def precision(folder):
     accuracies = collections.defaultdict(list)
     for seed in range(3):
         for name in ("float32", "bfloat16"):
-            words = ["--data", "textures", "--image-size", 160, "--seed", seed, "--precision", name]
+            words = ["--data", "textures", "--image-size", 160, "--depth", 2, "--seed", seed, "--precision", name]
             done, _ = graft("image", *words, "--out", folder / f"{name}-{seed}")
             assert done.returncode == 0, done.stdout + done.stderr
             metrics = json.loads((folder / f"{name}-{seed}" / "metrics.json").read_text())

@@ -24,7 +24,7 @@ def said_by(module: str, *words) -> str:
 
 
 def trained(folder, name, *words) -> dict:
-    done, _ = graft("text", *words, "--out", folder / name)
+    done, _ = graft("text", "--depth", 2, *words, "--out", folder / name)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / name / "metrics.json").read_text())
 

@@ -39,6 +39,7 @@ def graft_side(seed: int) -> dict:
     keras.utils.set_random_seed(seed)
     splits, backbone = load()
     config = TextConfig()
+    config.model.depth = "2"
     config.training.seed, config.training.patience = seed, 99
     config.head.head_epochs, config.fine_tune.fine_tune_epochs = HEAD_EPOCHS, FINE_TUNE_EPOCHS
     started, marks = time.perf_counter(), []

@@ -1,0 +1,55 @@
+"""WiSE-FT: the average of pretrained and fine-tuned weights that does best on validation.
+
+Wortsman et al. 2022, "Robust fine-tuning of zero-shot models": between the two ends of a fine-tuning there are often
+weights that are better than both, and that have forgotten less. One end is the pretrained backbone with the head of
+phase 1, the other what was kept in the end.
+"""
+
+from __future__ import annotations
+
+from pipelines.console import console
+from pipelines.data import targets_of
+from pipelines.steps import mean_loss_and_accuracy
+
+SHARES = tuple(tenth / 10 for tenth in range(11))  # of the fine-tuned weights
+
+
+def average_kept(guard, feed, logits_of, val, phase: dict) -> None:
+    """Leave the model with the best average of where it began and where it is, and say so in the phase.
+
+    An average whose features are beyond the guard's limit is not taken. Of equal ones the most fine-tuned is.
+
+    Args:
+        guard: `pipelines.guards.ForgettingGuard`, which holds the weights of the beginning.
+        feed, logits_of: what the kept phase trained on, and table -> logits [n, classes] through it.
+        val: the validation table.
+        phase: dict of the phase whose weights the model has. It gets wise_ft: share (of the fine-tuned weights), kept
+            (the guard's figures for it) and table, a row for each share: share, val_loss, val_accuracy and cka.
+    """
+    guard.begin(feed)
+    ends = [(weight, start, weight.numpy()) for weight, start in guard.values.values()]
+    targets, kept_row = targets_of(val, guard.model.head.units), phase["history"][phase["best_epoch"] - 1]
+    table = []
+    for share in SHARES:
+        if share == 1:  # as training left it: known
+            figures, passed = {name: kept_row[name] for name in ("cka",) if name in kept_row}, False
+            loss, accuracy = kept_row["val_loss"], kept_row["val_accuracy"]
+        else:
+            set_share(ends, share)
+            figures, passed = guard.look()
+            loss, accuracy = mean_loss_and_accuracy(targets, logits_of(val), guard.model.multi_label)
+        row = {"share": share, "val_loss": loss, "val_accuracy": accuracy}
+        table.append({**row, **({"cka": figures["cka"]} if figures else {}), "passed": passed})
+    best = min((row for row in table if not row["passed"]), key=lambda row: (row["val_loss"], -row["share"]))
+    set_share(ends, best["share"])
+    phase["wise_ft"] = {"share": best["share"], "kept": guard.look()[0], "table": table}
+    console.print(
+        f"  WiSE-FT: validation loss {table[0]['val_loss']:.3f} with pretrained weights, "
+        f"{table[-1]['val_loss']:.3f} fine-tuned, {best['val_loss']:.3f} with {100 * best['share']:.0f}% fine-tuned\n"
+    )
+
+
+def set_share(ends: list[tuple], share: float) -> None:
+    """Give each (weight, start, end) the value (1 - share) * start + share * end."""
+    for weight, start, end in ends:
+        weight.assign((1 - share) * start + share * end)
