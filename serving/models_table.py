@@ -17,6 +17,7 @@ from pathlib import Path
 from serving.config import chosen_versions
 from serving.runtime import SessionError, import_protos
 from serving.session import Session
+from serving.warmup import WARMUP_FILE, read_requests, replay_requests
 
 DEFAULT_SIGNATURE = "serving_default"
 TIMED_OUT = "Timed out waiting for notification"  # what the runtime says
@@ -178,7 +179,7 @@ class ModelsTable:
             version.state = "LOADING"
             self._versions[name][number] = version
         try:
-            session = Session(folder)
+            session = warm_session(folder)
             signature_defs = read_signature_defs(folder)
             run, stop = self._batching(session) if self._batching else (session.run, None)
         except Exception as error:  # whatever is wrong with one version: the others go on
@@ -246,6 +247,17 @@ def refuse_examples(signature_def, method: str) -> RequestError:
     else:
         return RequestError("UNIMPLEMENTED", f"{method}: the embedded server only answers predict")
     return RequestError("INVALID_ARGUMENT", message)
+
+
+def warm_session(folder: Path) -> Session:
+    """The session of a version that has answered its warm-up requests, if it has some, as in the server."""
+    session, file = Session(folder), folder / WARMUP_FILE
+    try:
+        replay_requests(session, read_requests(file) if file.is_file() else [])
+    except Exception:
+        session.close()
+        raise
+    return session
 
 
 def version_folders(base_path) -> dict[int, Path]:

@@ -97,6 +97,8 @@ def read_models(options) -> list:
     if not folder.is_dir():
         raise GraftError(f"{folder}: no such folder. Expected a model's, such as runs/photos/serving/photos")
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and version_folders(path)]
+    if not inner and (folder / "serving").is_dir():  # a run folder
+        inner = [path for path in sorted((folder / "serving").iterdir()) if path.is_dir() and version_folders(path)]
     if not version_folders(folder) and len(inner) == 1:
         folder = inner[0]  # runs/photos/serving holds photos/1
     models = message("ModelServerConfig").model_config_list.config
@@ -168,6 +170,9 @@ def serve(options, stopped: threading.Event) -> None:
     """Answer until `stopped` is set or a signal comes; raises GraftError where that cannot begin."""
     table, metrics, path = make_table(options), Metrics(), metrics_path(options)
     wait_until_loaded(table, stopped)
+    if stopped.is_set():  # by a signal, while it waited
+        table.close()
+        return
     limits = {"max_body_bytes": options.max_body_bytes, "max_waiting": options.max_waiting_requests}
     print("Embedded server of Graft, for trying out. For production use TensorFlow Serving.", flush=True)
     grpc_server = None

@@ -62,18 +62,23 @@ def replay_warmup(folder) -> int:
     """
     requests = read_requests(Path(folder) / WARMUP_FILE)
     with Session(folder) as session:
-        for index, (signature, inputs) in enumerate(requests):
-            what = f"warm-up request {index} of {len(requests)}"
-            if signature not in session.signatures:
-                raise CheckFailed(f"{what}: the model has no signature {signature!r}")
-            wanted = {key: dtype for key, (dtype, _) in session.signatures[signature]["inputs"].items()}
-            found = {key: "string" if values.dtype == object else values.dtype.name for key, values in inputs.items()}
-            if found != wanted:
-                raise CheckFailed(f"{what}: inputs {found}, but signature {signature} takes {wanted}")
-            for error in session.run(signature, inputs).get("error", ()):
-                if error:
-                    raise CheckFailed(f"{what}: the model answers with the error: {error.decode(errors='replace')}")
+        replay_requests(session, requests)
     return len(requests)
+
+
+def replay_requests(session: Session, requests: list[tuple[str, dict]]) -> None:
+    """Answer warm-up requests, each a signature and its inputs; raises as `replay_warmup` does."""
+    for index, (signature, inputs) in enumerate(requests):
+        what = f"warm-up request {index} of {len(requests)}"
+        if signature not in session.signatures:
+            raise CheckFailed(f"{what}: the model has no signature {signature!r}")
+        wanted = {key: dtype for key, (dtype, _) in session.signatures[signature]["inputs"].items()}
+        found = {key: "string" if values.dtype == object else values.dtype.name for key, values in inputs.items()}
+        if found != wanted:
+            raise CheckFailed(f"{what}: inputs {found}, but signature {signature} takes {wanted}")
+        for error in session.run(signature, inputs).get("error", ()):
+            if error:
+                raise CheckFailed(f"{what}: the model answers with the error: {error.decode(errors='replace')}")
 
 
 def rows_for(inputs: dict, details: dict, samples, count: int) -> dict:

@@ -17,8 +17,10 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
+from serving.warmup import WARMUP_FILE, write_requests
 from tests.embedded_server import ROOT, ask, error_body, predict, running, write_model
 
 pytestmark = pytest.mark.slow  # servers and exports of their own: minutes
@@ -578,5 +580,20 @@ def test_a_version_that_cannot_be_loaded(tmp_path):
     (tmp_path / "model" / "1").mkdir(parents=True)
     (tmp_path / "model" / "1" / "saved_model.pb").write_bytes(b"broken")
     command = [sys.executable, "-m", "serving.server", tmp_path / "model", "--max_num_load_retries", "0"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "cannot load version 1 of model model: " in done.stderr
+
+
+def test_a_run_folder_and_warmup_requests(models, tmp_path):
+    """The model of a run is found in it, and a version answers its warm-up requests before it answers others."""
+    version = tmp_path / "photos" / "serving" / "model" / "1"
+    shutil.copytree(models / "model" / "1", version)
+    (version / WARMUP_FILE).parent.mkdir(exist_ok=True)
+    write_requests(version / WARMUP_FILE, [("number", {"x": np.zeros(2, np.float32)})])
+    with running(tmp_path / "photos") as (rest, _, _):
+        status, body = predict(rest, {"signature_name": "number", "instances": [0]})
+        assert status == 200 and json.loads(body) == {"predictions": [1.0]}
+    write_requests(version / WARMUP_FILE, [("number", {"x": np.zeros([2, 2], np.float32)})])
+    command = [sys.executable, "-m", "serving.server", str(tmp_path / "photos"), "--max_num_load_retries", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "cannot load version 1 of model model: " in done.stderr
