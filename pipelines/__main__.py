@@ -10,8 +10,8 @@ from models import GraftError
 COMMANDS = {  # word: (module, function, what it does)
     "image": ("pipelines.image", "main", "fine-tune an image model on your pictures and export it"),
     "text": ("pipelines.text", "main", "fine-tune a text model on your texts and export it"),
-    "rank": ("pipelines.rank", "rank", "which backbone suits your data, in minutes and without training"),
     "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
+    "rank": ("pipelines.rank", "rank", "which backbone suits your data, in minutes and without training"),
     "evaluate": ("pipelines.rescore", "evaluate_run", "score a run's exported model on other labelled data"),
     "publish": ("pipelines.publish", "publish_run", "publish a run's model where TensorFlow Serving watches"),
     "rollback": ("pipelines.publish", "rollback_version", "serve an older published version again"),

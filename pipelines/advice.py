@@ -42,13 +42,16 @@ def advice(kind: str, counts: list[int], probe=None, neighbours=None, raw=None, 
 def run_advice(gathered: dict) -> str:
     """`advice` from what a run knows of itself: `gathered` of `pipelines.results.write_results`.
 
-    The head phase is a linear probe. Where a simpler method was scored on the same test set it is the raw input's
-    figure, and both are taken there; else the head's figure is that on validation.
+    The probes are those of the transfer verdict, so that both say the same. Without them the head phase is the linear
+    probe: beside a simpler method where one was scored, both on the test set, else by itself, on validation.
     """
     kind, counts, head = gathered["kind"], gathered["class_counts"]["train"], gathered["phases"][0]
     examples = gathered["examples"]["train"]
     if "thresholds" in gathered:  # of several labels accuracy says nothing that could be compared
         return advice(kind, counts, examples=examples)
+    probes = gathered.get("transfer", {}).get("probes")
+    if probes:
+        return advice(kind, counts, probes["pretrained"]["accuracy"], raw=probes["raw"]["accuracy"], examples=examples)
     raw = next((row["accuracy"] for row in gathered.get("baselines", [])), None)
     validated = head["history"][max(head["best_epoch"], 1) - 1]["val_accuracy"]
     probe = validated if raw is None else head["test"]["accuracy"]

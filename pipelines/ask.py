@@ -121,6 +121,8 @@ def json_entry(row: dict, answer: dict, column: str, class_names: list[str]) -> 
         return {**asked, "error": answer["error"]}
     scores = [round(float(score), 6) for score in answer["scores"]]
     entry = {**asked, "label": row["label"], "labels": answer["labels"], "scores": scores}
+    if answer["unsure"] is not None:
+        entry["unsure"] = answer["unsure"]
     if answer["chosen"] is not None:
         entry["chosen"] = [name for name, is_chosen in zip(class_names, answer["chosen"]) if is_chosen]
     return entry

@@ -40,7 +40,7 @@ class PredictConfig:
     """Column of a CSV file with the second texts, of a model that takes pairs."""
     out: str = ""
     """CSV file to write: the input's columns, then label (a|b where a model gives several), score (the largest
-    probability, 0 to 1) and error."""
+    probability, 0 to 1) and error; unsure (True or False) where a model marks answers."""
     probabilities: bool = False
     """Also write one column per class with its probability."""
 
@@ -64,6 +64,8 @@ def predict(argv: list[str]) -> int:
     answers = ask(version, len(rows), read)
     for row, answer in zip(rows, answers):
         row.update(label=label_of(answer, class_names), score=f"{answer['scores'][0]:.6f}", error=answer["error"])
+        if answer["unsure"] is not None:
+            row["unsure"] = answer["unsure"]
         if config.probabilities:
             row.update({f"p({name})": f"{p:.6f}" for name, p in zip(class_names, answer["probabilities"])})
     if config.out:
@@ -142,10 +144,10 @@ def ask(version: pathlib.Path, count: int, read) -> list[dict]:
 
 
 def answers_of(model, count: int, read) -> list[dict]:
-    """Answers of a Session or a Client, one per example: labels, scores, probabilities, chosen, error.
+    """Answers of a Session or a Client, one per example: labels, scores, probabilities, chosen, unsure, error.
 
-    chosen is None for a model that gives one label. An example that cannot be read gets its error and no label;
-    its neighbours are not affected.
+    chosen is None for a model that gives one label, unsure for one that does not say. An example that cannot be read
+    gets its error and no label; its neighbours are not affected.
 
     Args:
         read: (start, stop) -> the inputs of these examples by name, and the error of each.
@@ -163,6 +165,7 @@ def answers_of(model, count: int, read) -> list[dict]:
                         "scores": outputs["scores"][index],
                         "probabilities": outputs["probabilities"][index],
                         "chosen": outputs["chosen"][index] if "chosen" in outputs else None,
+                        "unsure": bool(outputs["unsure"][index]) if "unsure" in outputs else None,
                         "error": read_error or outputs["error"][index].decode(),
                     }
                 )

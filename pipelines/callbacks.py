@@ -24,10 +24,11 @@ class ProgressPrinter(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         self.epochs_done += 1
+        likeness = f"   CKA {logs['cka']:.2f}" if "cka" in logs else ""  # of the features to the pretrained ones
         console.print(
             f"  epoch {self.epochs_done:>2}/{self.params['epochs']}"
             f"   loss {logs['loss']:.3f}   accuracy {logs['accuracy']:.3f}"
-            f"   validation loss {logs['val_loss']:.3f}   accuracy {logs['val_accuracy']:.3f}"
+            f"   validation loss {logs['val_loss']:.3f}   accuracy {logs['val_accuracy']:.3f}{likeness}"
         )
 
     def on_train_end(self, logs=None):

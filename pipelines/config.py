@@ -133,6 +133,7 @@ RANGES = (  # flags, what must hold, how to say it
     (("weight_decay", "clip_norm", "mixup", "cutmix", "cache_memory"), lambda v: v >= 0, "0 or more"),
     (("head_learning_rate", "fine_tune_learning_rate"), lambda v: v > 0, "more than 0"),
     (("dropout", "label_smoothing", "warmup", "ema"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
+    (("abstain_below_precision",), lambda v: 0 <= v < 1, "0 or more and less than 1"),
     (("sequence_length",), lambda v: v >= 4, "4 or more"),
     (("random_erasing", "target", "forgetting_limit"), lambda v: 0 <= v <= 1, "from 0 to 1"),
     (("specificity",), lambda v: 0 < v < 1, "between 0 and 1"),
@@ -179,4 +180,14 @@ def check_multi_label_flags(config, noun: str) -> None:
             f"--positive {config.report.positive}: --data {config.input.data} has several labels per {noun}; "
             f"sensitivity at a specificity needs exactly one of two. Leave the flag out: the per-class table of the "
             f"report has precision, recall and threshold of every class."
+        )
+    if config.guards.check_labels:
+        raise GraftError(
+            f"--check-labels: --data {config.input.data} has several labels per {noun}; doubts are told of one label "
+            f"each. Leave the flag out: the worst mistakes of the report show what to look at."
+        )
+    if config.guards.abstain_below_precision:
+        raise GraftError(
+            f"--abstain-below-precision {config.guards.abstain_below_precision:g}: --data {config.input.data} has "
+            f"several labels per {noun}, and each class has a threshold of its own. Leave the flag out."
         )

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from pipelines import ladder
+from pipelines import guards, ladder
 from pipelines.config import flat_config
 from pipelines.console import console
 
@@ -41,8 +41,9 @@ def about_run(config, splits, backbone, phases: list[dict], metrics: dict, kind:
         "kind": kind,
         "created": now(),
         "command": f"graft {kind} " + " ".join(changed_flags(config)),
-        "verdicts": verdicts(phases, config.model.depth),
+        "verdicts": verdicts(phases, config.model.depth) + guards.verdicts(phases, config.guards.forgetting_limit),
         **({"climb": ladder.story(phases)} if config.model.depth == "auto" else {}),
+        "forgetting": guards.story(phases, config.guards.forgetting_limit),
         "warnings": splits.warnings,
         "class_names": splits.class_names,
         "examples": {**split_sizes(splits), "skipped": len(splits.skipped)},
@@ -237,7 +238,8 @@ def changed_flags(config) -> list[str]:
 def machine_metrics(facts: dict) -> dict:
     """metrics.json: figures without pictures; two equal runs differ in `seconds` and `created` only."""
     kept = ("kind", "created", "class_names", "thresholds", "examples", "class_counts", "verdicts", "warnings")
-    kept += ("baselines", "climb", "advice")
+    kept += ("baselines", "climb", "forgetting", "transfer", "advice", "calibration")
+    kept += ("exact_copies", "near_copies", "label_check")
     settings = {name: value for name, value in facts["settings"].items() if name != "out"}
     return {
         **{name: facts[name] for name in kept if name in facts},
@@ -259,9 +261,13 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, r
     look = f"{mistakes} worst mistake{'s' if mistakes > 1 else ''}" if mistakes else "no mistakes on the test set"
     noun = NOUNS[gathered["kind"]]
     inputs = "FILES" if gathered["kind"] == "image" else "FILE.csv"
+    verdicts = gathered["verdicts"]
+    if gathered["transfer"]["verdict"] == "hurts":
+        console.print(f"[bold yellow]{verdicts[0]}")
+        verdicts = verdicts[1:]
     console.print(
         f"[bold]{headline(gathered['metrics']['test'])}[/] on {gathered['examples']['test']:,} test {noun}. "
-        f"{' '.join(gathered['verdicts'])}\n"
+        f"{' '.join(verdicts)}\n"
         f"Look first: {look}   {report}\n"
         f"{served_line(checked, 'files' if gathered['kind'] == 'image' else noun)}   {version}\n"
         f"Try it:   graft predict {shlex.quote(str(run_dir))} {inputs}\n"

@@ -158,13 +158,14 @@ def story(phases: list[dict], limit: float) -> dict:
     """What metrics.json and the report say of forgetting; the figures of each epoch are in the phases' history.
 
     Returns:
-        Nothing where no phase was watched. Else sentence; limit; neighbours; kept: the figures of the epoch whose
-        weights were kept (not given where those are the pretrained ones); wise_ft: what
+        Nothing where no phase was watched. Else sentence; limit; probe_examples (at most); neighbours; kept: the
+        figures of the epoch whose weights were kept (not given where those are the pretrained ones); wise_ft: what
         `pipelines.weight_average.average_kept` chose, where that was asked for and something was fine-tuned.
     """
     if not watched(phases):
         return {}
-    best, told = ladder.best_phase(phases), {"limit": limit, "neighbours": NEIGHBOURS}
+    best = ladder.best_phase(phases)
+    told = {"limit": limit, "probe_examples": PROBE_EXAMPLES, "neighbours": NEIGHBOURS}
     if "cka" not in best["history"][0]:
         return {"sentence": "Yes: the head alone was kept, on the backbone as it was loaded.", **told}
     row = best["history"][best["best_epoch"] - 1]
@@ -178,7 +179,7 @@ def story(phases: list[dict], limit: float) -> dict:
 
 def sentence(figures: dict) -> str:
     """The figures of the weights that were kept, in words."""
-    cka = figures["cka"]
+    cka = figures["cka"]  # words for a figure that has no natural steps; it follows them
     how = "Nearly" if cka >= 0.9 else "In part" if cka >= 0.5 else "Hardly"
     agreement = ""
     if "source_agreement" in figures:

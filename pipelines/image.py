@@ -18,11 +18,12 @@ import numpy as np
 from models import GraftError
 from models.names import check_backbone_name, check_depth, known_blocks
 from pipelines import facts, runs
+from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
 from pipelines.data import image_loader, load_images
 from pipelines.options import ImageConfig
-from pipelines.results import VERIFIED_EXAMPLES, publish, score, thresholds_of_run, write_results
+from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
 from pipelines.sources import drop_small_classes, find_images, is_multi_label
 
 RUN_BYTES = 150_000_000  # free disk that a run of a small backbone needs: two checkpoints, export, report, logs
@@ -42,12 +43,17 @@ def run(config: ImageConfig) -> pathlib.Path:
     from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.distribute import make_strategy
     from pipelines.evaluate import check_positive
+    from pipelines.label_checks import class_warnings, examiner
+    from pipelines.leakage import check_copies
     from pipelines.prediction import predictor
     from pipelines.training import fit_two_phase
+    from pipelines.transfer import judge_transfer
 
     strategy = make_strategy(config.training.distribute, config.training.devices)
     splits = load_images(found, config.input.min_per_class)
     check_positive(config.report.positive or None, config.report.specificity, splits.class_names)
+    check_copies(splits, config.guards.strict)
+    splits.warnings += class_warnings(splits)
     facts.print_splits(splits)
     clock.lap("data")
 
@@ -57,6 +63,9 @@ def run(config: ImageConfig) -> pathlib.Path:
 
     def loader(augmentation, random_erasing=0.0):
         return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing, splits.plain)
+
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    examined, examine = examiner(splits, config)
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -75,6 +84,7 @@ def run(config: ImageConfig) -> pathlib.Path:
             on_start=print_trainable_table,
             on_best=lambda name, model: runs.save_checkpoint(model, run_dir, name),
             on_end=test_phase,
+            on_features=examine,
         )
         clock.lap("training")
 
@@ -82,17 +92,21 @@ def run(config: ImageConfig) -> pathlib.Path:
         scored = score(splits, logits_of, config)
         clock.lap("evaluation")
 
+        # Whether what was pretrained was of use here at all.
+        transfer = judge_transfer(model, splits, loader, config, scored[0]["test"])
+        clock.lap("transfer verdict")
+
         # A version for TensorFlow Serving, verified before it gets its number.
         # What it must answer comes from the files through the whole model, nothing from the cache.
         predict = predictor(model, strategy, loader("none"), config.training.batch_size)
         samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-        version, checked = publish_images(model, splits, run_dir, samples, predict, scored[2])
+        version, checked = publish_images(model, splits, run_dir, samples, predict, *scored[2:])
         clock.lap("export and verification")
 
-        gathered, report = write_results(
-            run_dir, config, "image", splits, model.backbone, phases, scored, version, checked, clock
-        )
+        findings = scored, version, checked, clock, transfer, examined
+        gathered, report = write_results(run_dir, config, "image", splits, model.backbone, phases, *findings)
     facts.print_ending(gathered, run_dir, version, report)
+    check_strict(config, gathered, run_dir)
     return run_dir
 
 
@@ -142,15 +156,18 @@ def build_model(config: ImageConfig, class_names: list[str], multi_label: bool =
     return Classifier(backbone, len(class_names), config.model.dropout, config.training.seed, multi_label)
 
 
-def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thresholds=None):
+def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thresholds=None, calibration=None):
     """Export and verify on a table of images, as `pipelines.results.publish` does.
 
     Args:
         splits: whatever has class_names and white_level.
         predict: a function of a table -> logits of the whole model.
         thresholds: [classes] float32, of a multi-label model.
+        calibration: as `pipelines.calibration.calibrate` gives it.
     """
     from serving.export import export_image_classifier
+
+    serves = exported(calibration)
 
     def write(folder, **options):
         return export_image_classifier(
@@ -161,6 +178,7 @@ def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thres
             white_level=splits.white_level,
             details={"backbone": model.backbone.name, "source": model.backbone.source},
             thresholds=thresholds,
+            **serves,
             **options,
         )
 
@@ -169,7 +187,8 @@ def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thres
 
     files = [pathlib.Path(path).read_bytes() for path in samples["path"].to_pylist()]
     expected = predict(samples) if files else np.zeros((0, len(splits.class_names)), np.float32)
-    return publish(run_dir, write, files, facts.probabilities_of(expected, model.multi_label), write_variables)
+    expected = facts.probabilities_of(expected / np.float32(serves["temperature"]), model.multi_label)
+    return publish(run_dir, write, files, expected, write_variables)
 
 
 def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict]:
@@ -188,7 +207,8 @@ def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict
     predict = predictor(model, tf.distribute.get_strategy(), load, config.training.batch_size)
     samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
     thresholds = thresholds_of_run(run_dir, predict) if multi_label else None
-    return publish_images(model, noted, run_dir, samples, predict, thresholds)
+    calibration = None if multi_label else calibration_of_run(run_dir, config, predict)
+    return publish_images(model, noted, run_dir, samples, predict, thresholds, calibration)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,12 @@ def worst_mistakes(
     else:
         mistakes = _wrong_choices(table, probabilities, class_names, thresholds)
     return [
-        _with_input(table.slice(row, 1).to_pylist()[0], mistake, white_level, report_inputs)
+        with_input(table.slice(row, 1).to_pylist()[0], mistake, white_level, report_inputs)
         for row, mistake in mistakes
     ]
 
 
-def _with_input(example: dict, mistake: dict, white_level: int, report_inputs: str) -> dict:
+def with_input(example: dict, mistake: dict, white_level: int, report_inputs: str) -> dict:
     """A mistake with what it was made on: a path and its picture, or texts; neither where inputs are not shown."""
     shown = {"id": example["id"], "path": None, **mistake, "picture": None}
     if report_inputs == "all" and "path" in example:

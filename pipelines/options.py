@@ -190,7 +190,22 @@ class GuardOptions:
     """Least likeness (linear CKA, 1: the same) of the features to the pretrained ones: a phase that goes below it is
     stopped, and its best weights within it are kept (0: no limit; 0.5 stops what destroys a backbone)."""
     wise_ft: bool = False
-    """Average the pretrained and the fine-tuned weights, in the proportion with the lowest validation loss (WiSE-FT)."""
+    """Average the pretrained and the fine-tuned weights, in the proportion that does best on validation (WiSE-FT)."""
+    baseline: Literal["none", "scratch"] = "none"
+    """scratch: also train the same architecture from random weights, for the epochs of both phases together, and
+    compare on the test set. Takes longer than the run itself."""
+    strict: bool = False
+    """Exit with 3 where transfer hurts; the run is complete all the same. Also where examples of a given test set are
+    in train or val too; then nothing is trained."""
+    check_labels: bool = False
+    """Look for wrong labels: answer each example by a model that has not seen it, and list those whose label it doubts
+    most. Takes a minute or so per 10,000 examples."""
+    calibrate: bool = True
+    """Divide logits by a temperature that suits the validation set best, in the exported model too: its probabilities
+    then say how often it is right. The answers stay the same."""
+    abstain_below_precision: float = 0.0
+    """Precision that sure answers should have, such as 0.95: the exported model marks an answer `unsure` below a
+    probability that is chosen on validation for it (0: no such mark). Labels stay as they are."""
 
 
 @dataclasses.dataclass

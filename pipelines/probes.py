@@ -45,7 +45,8 @@ def linear_probe(features, labels, folds: int = FOLDS, seed: int = 0, groups=Non
 
     Returns:
         accuracy and interval (95%, [low, high]); correct [n] float32: 1 where the out-of-fold answer is right (of
-        several labels the share of right yes-or-nos); loss [n], the cross-entropy in nats; l2; folds.
+        several labels the share of right yes-or-nos); loss [n], the cross-entropy in nats; logits [n, classes that
+        occur], out of fold; l2; folds.
     """
     targets = targets_from(labels)
     multi_label = np.ndim(labels) == 2
@@ -63,7 +64,7 @@ def linear_probe(features, labels, folds: int = FOLDS, seed: int = 0, groups=Non
         losses, correct = scores(logits, targets, multi_label)
         if best is not None and losses.mean() >= best["loss"].mean():
             break
-        best = {"correct": correct, "loss": losses, "l2": l2, "folds": count}
+        best = {"correct": correct, "loss": losses, "logits": logits, "l2": l2, "folds": count}
     return {"accuracy": float(best["correct"].mean()), "interval": accuracy_interval(best["correct"]), **best}
 
 

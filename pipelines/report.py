@@ -12,6 +12,7 @@ import pathlib
 import shlex
 
 from pipelines import plots, runs
+from pipelines.calibration import calibration_sentences
 from pipelines.facts import NOUNS
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
@@ -69,6 +70,8 @@ def write_report(run_dir, facts) -> pathlib.Path:
     facts: a plain dict. Needed: title, kind, class_names and metrics ({"test" and / or "val": the dict of
     pipelines.evaluate.evaluate or of pipelines.evaluate_multi_label}). Every other key adds a section or a
     line where it is given and not empty: created, command, verdicts, warnings, advice, examples, class_counts, phases,
+    transfer (as pipelines.transfer.judge_transfer gives it), calibration (as
+    pipelines.calibration.calibrate gives it), forgetting (as pipelines.guards.story gives it),
     baselines (as pipelines.baselines gives them), mistakes, settings, backbone, data, timings, serving, versions,
     machine. Raises OSError where the page cannot be written.
     """
@@ -117,9 +120,11 @@ def render(facts, run_dir=".") -> str:
         stages=stages,
         reliability=plots.reliability_plot(figures["reliability"], multi_label),
         sureness=sureness(figures["reliability"]),
+        calibrated=calibration_sentences(facts.get("calibration")),
         classes=class_rows(figures, facts.get("class_counts") or {}),
         classes_shown=CLASSES_SHOWN,
         blocks=block_rows(facts.get("phases") or []),
+        with_source=any("source_agreement" in row for phase in phases for row in phase["history"]),
         data=titled(facts.get("data"), DATA_TITLES),
         timings=timing_rows(facts.get("timings") or {}),
         serving=serving_commands(facts.get("serving"), facts["kind"], run_dir),

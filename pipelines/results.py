@@ -10,9 +10,11 @@ import numpy as np
 from models import GraftError
 from pipelines import facts, runs
 from pipelines.advice import run_advice
+from pipelines.calibration import calibrate, calibration_warnings
 from pipelines.console import console
 from pipelines.data import targets_of
 from pipelines.evaluate_multi_label import choose_thresholds
+from pipelines.leakage import copies_warnings, near_warnings, score_without_copies
 from pipelines.mistakes import worst_mistakes
 
 VERIFIED_EXAMPLES = 200  # most test examples whose served answers are compared with training's
@@ -23,11 +25,12 @@ def thresholds_for(val, logits: np.ndarray) -> np.ndarray:
     return choose_thresholds(targets_of(val, logits.shape[1]), facts.probabilities_of(logits, multi_label=True))
 
 
-def score(splits, logits_of, config) -> tuple[dict, dict, np.ndarray | None]:
-    """Logits of val and test, the metrics of these, and the thresholds of a multi-label set (else None)."""
+def score(splits, logits_of, config) -> tuple[dict, dict, np.ndarray | None, dict]:
+    """Calibrated logits of val and test, their metrics, thresholds of a multi-label set (else None), calibration."""
     logits = {"val": logits_of(splits.val), "test": logits_of(splits.test)}
     thresholds = thresholds_for(splits.val, logits["val"]) if splits.multi_label else None
-    return logits, facts.metrics_of(splits, logits, thresholds, config), thresholds
+    calibration, logits = calibrate(splits, logits, config.guards, config.training.seed)
+    return logits, facts.metrics_of(splits, logits, thresholds, config), thresholds, calibration
 
 
 def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwise=None) -> tuple[pathlib.Path, dict]:
@@ -64,13 +67,29 @@ def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwis
     return version, checked
 
 
-def write_results(run_dir, config, kind: str, splits, backbone, phases, scored, version, checked, clock, baselines=()):
+def write_results(
+    run_dir,
+    config,
+    kind: str,
+    splits,
+    backbone,
+    phases,
+    scored,
+    version,
+    checked,
+    clock,
+    transfer,
+    examined,
+    baselines=(),
+):
     """Write the report, the model card and, last, metrics.json: a run that has it is complete.
 
     Args:
         kind: "image" or "text".
         scored: what `score` gave.
         version, checked: what `publish` gave.
+        transfer: what `pipelines.transfer.judge_transfer` gave.
+        examined: what `pipelines.label_checks.examiner` has found.
         baselines: as `pipelines.baselines` gives them.
 
     Returns:
@@ -80,7 +99,7 @@ def write_results(run_dir, config, kind: str, splits, backbone, phases, scored, 
     from pipelines.model_card import write_model_card
     from pipelines.report import write_report
 
-    logits, metrics, thresholds = scored
+    logits, metrics, thresholds, calibration = scored
     probabilities = facts.probabilities_of(logits["test"], splits.multi_label)
     gathered = facts.about_run(config, splits, backbone, phases, metrics, kind)
     gathered |= {
@@ -90,7 +109,20 @@ def write_results(run_dir, config, kind: str, splits, backbone, phases, scored, 
         ),
         "timings": clock.laps,
         "serving": {"folder": str(version.relative_to(run_dir)), **checked},
+        "transfer": transfer,
+        "calibration": calibration,
+        "exact_copies": score_without_copies(splits, logits["test"]),
+        **examined,
     }
+    gathered["warnings"] = [
+        *gathered["warnings"],
+        *calibration_warnings(calibration),
+        *copies_warnings(gathered["exact_copies"], kind),
+        *(near_warnings(examined["near_copies"], kind) if examined else []),
+    ]
+    # Where transfer hurts, that is the first thing to say.
+    place = 0 if transfer["verdict"] == "hurts" else len(gathered["verdicts"])
+    gathered["verdicts"].insert(place, transfer["sentence"])
     if baselines:
         gathered["baselines"] = list(baselines)
         headline = metrics["test"]["headline"]
@@ -100,6 +132,21 @@ def write_results(run_dir, config, kind: str, splits, backbone, phases, scored, 
     write_model_card(run_dir, gathered)
     runs.write_json(run_dir / "metrics.json", facts.machine_metrics(gathered))
     return gathered, report
+
+
+class StrictVerdict(GraftError):
+    """A verdict that --strict does not let pass; the run itself is complete."""
+
+    exit_code = 3
+
+
+def check_strict(config, gathered: dict, run_dir: pathlib.Path) -> None:
+    """Raise StrictVerdict where transfer hurts and --strict was given; after all that the run writes and says."""
+    if config.guards.strict and gathered["transfer"]["verdict"] == "hurts":
+        raise StrictVerdict(
+            f"--strict: {gathered['transfer']['sentence']} {run_dir} is complete. "
+            f"Try another backbone (graft rank), or go on without the flag."
+        )
 
 
 def thresholds_of_run(run_dir: pathlib.Path, logits_of) -> np.ndarray:

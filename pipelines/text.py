@@ -12,13 +12,16 @@ import dataclasses
 import pathlib
 import sys
 
+import numpy as np
+
 from models import GraftError
 from models.names import check_backbone_name, check_depth
 from pipelines import facts, runs
+from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
 from pipelines.options import TextConfig
-from pipelines.results import VERIFIED_EXAMPLES, publish, score, thresholds_of_run, write_results
+from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
 from pipelines.sources import drop_small_classes, is_multi_label
 from pipelines.texts import find_texts, load_texts
 
@@ -40,8 +43,11 @@ def run(config: TextConfig) -> pathlib.Path:
     from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.distribute import make_strategy
     from pipelines.evaluate import check_positive
+    from pipelines.label_checks import class_warnings, examiner
+    from pipelines.leakage import check_copies
     from pipelines.tokens import text_predictor, token_parts, truncation_warning
     from pipelines.training import fit_two_phase
+    from pipelines.transfer import judge_transfer
 
     strategy = make_strategy(config.training.distribute, config.training.devices)
     splits = load_texts(found, config.input.min_per_class)
@@ -52,8 +58,16 @@ def run(config: TextConfig) -> pathlib.Path:
         model = build_model(config, splits.class_names, splits.multi_label)
     preprocess = model.backbone.preprocess
     splits.warnings += truncation_warning(splits, preprocess)
+    check_copies(splits, config.guards.strict, "text")
+    splits.warnings += class_warnings(splits, "text")
     facts.print_splits(splits, "text")
     clock.lap("backbone")
+
+    def read_inputs(table):
+        return token_parts(table, preprocess)
+
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    examined, examine = examiner(splits, config)
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -72,7 +86,8 @@ def run(config: TextConfig) -> pathlib.Path:
             on_start=print_trainable_table,
             on_best=lambda name, model: runs.save_checkpoint(model, run_dir, name),
             on_end=test_phase,
-            read_inputs=lambda table: token_parts(table, preprocess),
+            on_features=examine,
+            read_inputs=read_inputs,
         )
         clock.lap("training")
 
@@ -81,17 +96,21 @@ def run(config: TextConfig) -> pathlib.Path:
         baseline = tfidf_baseline(splits, config.training.seed)
         clock.lap("evaluation")
 
+        # Whether what was pretrained was of use here at all.
+        transfer = judge_transfer(model, splits, None, config, scored[0]["test"], read_inputs, baseline["accuracy"])
+        clock.lap("transfer verdict")
+
         # A version for TensorFlow Serving, verified before it gets its number.
         # What it must answer comes from the strings through the whole model, nothing from the cache.
         predict = text_predictor(model, preprocess, config.training.batch_size)
         samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-        version, checked = publish_texts(model, splits.class_names, run_dir, samples, predict, scored[2])
+        version, checked = publish_texts(model, splits.class_names, run_dir, samples, predict, *scored[2:])
         clock.lap("export and verification")
 
-        gathered, report = write_results(
-            run_dir, config, "text", splits, model.backbone, phases, scored, version, checked, clock, [baseline]
-        )
+        findings = scored, version, checked, clock, transfer, examined, [baseline]
+        gathered, report = write_results(run_dir, config, "text", splits, model.backbone, phases, *findings)
     facts.print_ending(gathered, run_dir, version, report)
+    check_strict(config, gathered, run_dir)
     return run_dir
 
 
@@ -144,27 +163,30 @@ def build_model(config: TextConfig, class_names: list[str], multi_label: bool = 
     return Classifier(backbone, len(class_names), config.model.dropout, config.training.seed, multi_label)
 
 
-def publish_texts(model, class_names: list[str], run_dir: pathlib.Path, samples, predict, thresholds=None):
+def publish_texts(
+    model, class_names: list[str], run_dir: pathlib.Path, samples, predict, thresholds=None, calibration=None
+):
     """Export and verify on a table of texts, as `pipelines.results.publish` does.
 
     Args:
         predict: a function of a table -> logits of the whole model.
         thresholds: [classes] float32, of a multi-label model.
+        calibration: as `pipelines.calibration.calibrate` gives it.
     """
     from pipelines.tokens import texts_of
     from serving.export_text import export_text_classifier
 
     columns = [[text.encode() for text in texts] for texts in texts_of(samples)]
-    pairs = len(columns) == 2
+    pairs, serves = len(columns) == 2, exported(calibration)
 
     def write(folder):
         details = {"backbone": model.backbone.name, "source": model.backbone.source}
-        return export_text_classifier(
-            model, model.backbone.preprocess, class_names, folder, details=details, thresholds=thresholds, pairs=pairs
-        )
+        more = {"details": details, "thresholds": thresholds, "pairs": pairs, **serves}
+        return export_text_classifier(model, model.backbone.preprocess, class_names, folder, **more)
 
     texts = list(zip(*columns, strict=True)) if pairs else columns[0]
-    return publish(run_dir, write, texts, facts.probabilities_of(predict(samples), model.multi_label))
+    logits = predict(samples) / np.float32(serves["temperature"])
+    return publish(run_dir, write, texts, facts.probabilities_of(logits, model.multi_label))
 
 
 def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict]:
@@ -179,7 +201,8 @@ def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict
     predict = text_predictor(model, model.backbone.preprocess, config.training.batch_size)
     samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
     thresholds = thresholds_of_run(run_dir, predict) if multi_label else None
-    return publish_texts(model, class_names, run_dir, samples, predict, thresholds)
+    calibration = None if multi_label else calibration_of_run(run_dir, config, predict)
+    return publish_texts(model, class_names, run_dir, samples, predict, thresholds, calibration)
 
 
 if __name__ == "__main__":

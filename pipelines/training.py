@@ -83,13 +83,12 @@ def fit_phase(
         epochs_aside: of phases that this one does not go on from: only the logs go on from there.
         best_val_loss: what must be beaten; if no epoch does, the model leaves as it came.
         deadline: of time.perf_counter(); the epoch in which it passes is the last.
-        guard: `pipelines.guards.ForgettingGuard`, asked after each epoch: its figures go into the history, and an epoch
-            that is beyond its limit is never the best one, and the last.
+        guard: a `ForgettingGuard`: its figures go into the history; an epoch beyond its limit is the last, not kept.
 
     Returns:
         What `phase_facts` gives, with a row of history per epoch; kept and val_loss of the best one; right [val]: what
         the epoch of this phase with the lowest validation loss had right, kept or not, as `share_correct` gives it;
-        forgot: whether the limit of the guard was passed.
+        forgot: whether the limit was passed.
     """
     started = time.perf_counter()
     steps = len(feed.train_batches(0, first_epoch))
@@ -130,9 +129,8 @@ def fit_phase(
                     on_best(model)
             row = {"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
             row["learning_rate"] = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-            seconds = time.perf_counter() - epoch_started
-            history.append({"epoch": shown + 1, **row, **drift, "seconds": seconds})
-            observers.on_epoch_end(shown, row)
+            history.append({"epoch": shown + 1, **row, **drift, "seconds": time.perf_counter() - epoch_started})
+            observers.on_epoch_end(shown, row | {key: drift[key] for key in drift if key != "weight_distance"})
             waited = epoch + 1 - own_epoch >= options.patience  # for itself: a deeper phase may need longer to pass
             enough = best_epoch == epoch + 1 and 0 < options.target <= val_accuracy
             if forgot or waited or enough or model.stop_training or time.perf_counter() > deadline:
@@ -272,6 +270,7 @@ def fit_two_phase(
     on_best=None,
     on_end=None,
     read_inputs=None,
+    on_features=None,
 ) -> tuple[list[dict], Callable]:
     """The head on the frozen backbone first, then the top `--depth` blocks too, at reduced rates.
 
@@ -287,6 +286,7 @@ def fit_two_phase(
         on_best: (name, model), whenever validation has improved.
         read_inputs: of data without a loader: examples -> a list of (rows, arrays [n, ...] that the model takes),
             each a part of the examples of one length.
+        on_features: (function of a table -> pooled pretrained features), once phase 1 has them; not without a cache.
         on_end: (phase dict of `fit_phase`, function of a table -> logits), after each phase; it may add to the dict.
 
     Returns:
@@ -322,6 +322,8 @@ def fit_two_phase(
         phase["climb"] |= {"went_on": went_on, "because": because}
         if on_end:
             on_end(phase, best["logits_of"])
+        if on_features and name == "head" and feed.features:
+            on_features(feed.features)
         if depth == "auto" or (not went_on and len(phases) < len(rungs)):
             console.print(f"  {'Going on' if went_on else 'No further'}: {because}.\n")
         clock.start()
@@ -344,13 +346,10 @@ def fit_two_phase(
         first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
         more = {"first_epoch": first_epoch, "epochs_aside": sum(phase["epochs"] for phase in phases[1:])}
         more |= {"learning_rate": rate, "best_val_loss": ladder.best_phase(phases)["val_loss"], **by_steps}
-        fit = functools.partial(fit_phase, model, name, epochs=epochs, deadline=clock.deadline, **more)
         feed = feeds.fine_tune(cuts[len(phases)])
-        fit = functools.partial(fit, guard=guard.begin(feed))
+        more |= {"epochs": epochs, "deadline": clock.deadline, "guard": guard.begin(feed)}
+        fit = functools.partial(fit_phase, model, name, **more)
         run_phase(name, feed, rate, functools.partial(ladder.fit_from, start, fit))
-    phase = ladder.best_phase(phases)
-    if config.guards.wise_ft and phase is not phases[0]:
-        average_kept(guard, best["feed"], best["logits_of"], splits.val, phase)
-        if on_best:
-            on_best(phase["name"], model)
+    if config.guards.wise_ft:
+        average_kept(guard, best["feed"], best["logits_of"], splits.val, phases, on_best)
     return phases, best["logits_of"]

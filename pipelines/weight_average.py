@@ -7,6 +7,7 @@ phase 1, the other what was kept in the end.
 
 from __future__ import annotations
 
+from pipelines import ladder
 from pipelines.console import console
 from pipelines.data import targets_of
 from pipelines.steps import mean_loss_and_accuracy
@@ -14,18 +15,24 @@ from pipelines.steps import mean_loss_and_accuracy
 SHARES = tuple(tenth / 10 for tenth in range(11))  # of the fine-tuned weights
 
 
-def average_kept(guard, feed, logits_of, val, phase: dict) -> None:
-    """Leave the model with the best average of where it began and where it is, and say so in the phase.
+def average_kept(guard, feed, logits_of, val, phases: list[dict], on_best=None) -> None:
+    """Leave the model with the best average of where it began and where it is, and say so in the phase it is from.
 
-    An average whose features are beyond the guard's limit is not taken. Of equal ones the most fine-tuned is.
+    An average whose features are beyond the guard's limit is not taken. Of equal ones the most fine-tuned is. Where
+    the head alone was kept there is nothing to average.
 
     Args:
         guard: `pipelines.guards.ForgettingGuard`, which holds the weights of the beginning.
         feed, logits_of: what the kept phase trained on, and table -> logits [n, classes] through it.
         val: the validation table.
-        phase: dict of the phase whose weights the model has. It gets wise_ft: share (of the fine-tuned weights), kept
-            (the guard's figures for it) and table, a row for each share: share, val_loss, val_accuracy and cka.
+        phases: phase dicts. That of the phase whose weights the model has gets wise_ft: share (of the fine-tuned
+            weights), kept (the guard's figures for it) and table, a row for each share: share, val_loss, val_accuracy,
+            cka and passed (the limit).
+        on_best: (name, model), where the weights have changed.
     """
+    phase = ladder.best_phase(phases)
+    if phase is phases[0]:
+        return
     guard.begin(feed)
     ends = [(weight, start, weight.numpy()) for weight, start in guard.values.values()]
     targets, kept_row = targets_of(val, guard.model.head.units), phase["history"][phase["best_epoch"] - 1]
@@ -47,6 +54,8 @@ def average_kept(guard, feed, logits_of, val, phase: dict) -> None:
         f"  WiSE-FT: validation loss {table[0]['val_loss']:.3f} with pretrained weights, "
         f"{table[-1]['val_loss']:.3f} fine-tuned, {best['val_loss']:.3f} with {100 * best['share']:.0f}% fine-tuned\n"
     )
+    if on_best and best["share"] < 1:
+        on_best(phase["name"], guard.model)
 
 
 def set_share(ends: list[tuple], share: float) -> None:

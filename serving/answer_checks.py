@@ -15,11 +15,14 @@ ROWS = 3  # different items that the later steps put into batches
 BATCH = 16  # samples per call where answers are compared
 
 
-def check_answers(session, samples, expected, tolerance, class_names, thresholds=None) -> tuple[float, list[bytes]]:
+def check_answers(
+    session, samples, expected, tolerance, class_names, thresholds=None, unsure_below=None
+) -> tuple[float, list[bytes]]:
     """Compare serving_default's probabilities with the expected ones; return the largest difference.
 
     `thresholds` [classes] float32 are those of a multi-label model: what it chooses must fit its probabilities, so
-    that it is what training chooses, but for a probability within `tolerance` of its threshold.
+    that it is what training chooses, but for a probability within `tolerance` of its threshold. Likewise
+    `unsure_below`, the best score from which an answer is sure.
     Also returns up to ROWS samples that have no error, for the next steps.
     """
     if not samples:
@@ -31,7 +34,7 @@ def check_answers(session, samples, expected, tolerance, class_names, thresholds
         raise CheckFailed(f"signature serving_default: inputs {inputs}, expected {wanted}")
     batches = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
     answers = [
-        run_checked(session, "serving_default", input_columns(inputs, batch), class_names, thresholds)
+        run_checked(session, "serving_default", input_columns(inputs, batch), class_names, thresholds, unsure_below)
         for batch in batches
     ]
     if "probabilities" not in answers[0]:
@@ -63,7 +66,7 @@ def input_columns(inputs, samples) -> dict[str, list[bytes]]:
     return dict(zip(sorted(inputs), map(list, zip(*samples, strict=True)), strict=True))
 
 
-def run_checked(session, signature, inputs, class_names, thresholds) -> dict:
+def run_checked(session, signature, inputs, class_names, thresholds, unsure_below=None) -> dict:
     """Run, and check what holds for every answer: rows, text, finite numbers, labels and choices that fit scores."""
     outputs = session.run(signature, inputs)
     count = len(next(iter(inputs.values())))
@@ -80,6 +83,8 @@ def run_checked(session, signature, inputs, class_names, thresholds) -> dict:
         check_labels(signature, outputs, class_names)
     if "probabilities" in outputs and (thresholds is not None or "chosen" in outputs):
         check_chosen(signature, outputs, thresholds)
+    if "scores" in outputs and (unsure_below is not None or "unsure" in outputs):
+        check_unsure(signature, outputs, unsure_below)
     return outputs
 
 
@@ -141,6 +146,22 @@ def check_chosen(signature, outputs, thresholds) -> None:
         )
 
 
+def check_unsure(signature, outputs, unsure_below) -> None:
+    """An answer is unsure where its best score is below the threshold, an item with an error always."""
+    if unsure_below is None or "unsure" not in outputs:
+        raise CheckFailed(
+            f"signature {signature}: {'' if 'unsure' in outputs else 'no '}output unsure, but "
+            f"{'no ' if unsure_below is None else ''}unsure_below in {DETAILS_FILE}. Expected both, or neither"
+        )
+    expected = outputs["scores"][:, 0] < unsure_below
+    if not np.array_equal(outputs["unsure"], expected):
+        row = int(np.argmax(outputs["unsure"] != expected))
+        raise CheckFailed(
+            f"signature {signature}, row {row}: unsure {bool(outputs['unsure'][row])} does not fit its best score "
+            f"{outputs['scores'][row, 0]:.6f} and unsure_below {unsure_below:.6f} of {DETAILS_FILE}"
+        )
+
+
 def read_class_names(folder) -> list[str]:
     """The lines of labels.txt; none where the model has no such file."""
     file = Path(folder) / LABELS_FILE
@@ -152,11 +173,22 @@ def read_thresholds(folder) -> np.ndarray | None:
 
     Raises CheckFailed for a graft.json that cannot be read.
     """
+    return read_floats(folder, "thresholds")
+
+
+def read_unsure_below(folder) -> np.float32 | None:
+    """The best score from which an answer is sure; None for a model that does not say. Raises as `read_thresholds`."""
+    value = read_floats(folder, "unsure_below")
+    return None if value is None else np.float32(value)
+
+
+def read_floats(folder, name: str) -> np.ndarray | None:
+    """An entry of graft.json as float32; None where it has none."""
     file = Path(folder) / DETAILS_FILE
     if not file.is_file():
         return None
     try:
-        thresholds = json.loads(file.read_text("utf-8")).get("thresholds")
-        return None if thresholds is None else np.array(thresholds, np.float32)
+        value = json.loads(file.read_text("utf-8")).get(name)
+        return None if value is None else np.array(value, np.float32)
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckFailed(f"{file}: cannot be read ({error}). Export the model again") from error

@@ -19,7 +19,7 @@ from serving.static_checks import CheckFailed
 from serving.warmup import WARMUP_FILE, read_requests, replay_warmup
 
 ROW_TOLERANCE = 1e-5  # per largest value of the output or 1: kernels sum in another order for other sizes
-FREE_TO_TURN = {"labels", "chosen"}  # on a last bit; `run_checked` compares them with scores and probabilities
+FREE_TO_TURN = {"labels", "chosen", "unsure"}  # on a last bit; `run_checked` compares them with the scores
 BAD_ITEM = b"\xff\x00 no supported input starts like this"
 MADE_SIZE = 48  # for unknown dimensions other than the batch, in made-up inputs
 SHORTER_SIZE = 40  # for the same in a row that is padded to MADE_SIZE
@@ -58,7 +58,9 @@ def read_batching(folder) -> dict:
     }
 
 
-def check_rows(session, signature, samples, class_names, thresholds=None, sizes=BATCH_SIZES) -> float:
+def check_rows(
+    session, signature, samples, class_names, thresholds=None, unsure_below=None, sizes=BATCH_SIZES
+) -> float:
     """Run a signature with 0 to ROWS and with `sizes` rows, compare with single rows, return the largest difference.
 
     Larger batches repeat the ROWS items. Where it takes strings, a bad item in the middle must leave its neighbours'
@@ -71,7 +73,7 @@ def check_rows(session, signature, samples, class_names, thresholds=None, sizes=
 
     def run(*order):
         chosen = {name: rows[name][list(order)] for name in rows}
-        return run_checked(session, signature, chosen, class_names, thresholds)
+        return run_checked(session, signature, chosen, class_names, thresholds, unsure_below)
 
     singles = [run(row) for row in range(ROWS)]
     largest = 0.0
@@ -113,7 +115,9 @@ def row_difference(one, other) -> float:
     return float(np.max(np.abs(one - other), initial=0.0) / max(1.0, np.max(np.abs(other), initial=0.0)))
 
 
-def check_padding(session, signature, class_names, thresholds=None, pads: bool = False) -> str:
+def check_padding(
+    session, signature, class_names, thresholds=None, unsure_below=None, pads: bool = False
+) -> str:
     """How a signature answers a row that the server padded to the size of its neighbour; "" where rows have one size.
 
     Padding repeats the input's first element in every free dimension but the batch (AddPadding of
@@ -126,8 +130,8 @@ def check_padding(session, signature, class_names, thresholds=None, pads: bool =
     short = {name: made_rows(name, *inputs[name], [], SHORTER_SIZE)[:1] for name in inputs}
     long = {name: made_rows(name, *inputs[name], [])[1:2] for name in inputs}
     joined = {name: np.concatenate([padded_row(short[name], long[name].shape), long[name]]) for name in inputs}
-    alone = run_checked(session, signature, short, class_names, thresholds)
-    together = run_checked(session, signature, joined, class_names, thresholds)
+    alone = run_checked(session, signature, short, class_names, thresholds, unsure_below)
+    together = run_checked(session, signature, joined, class_names, thresholds, unsure_below)
     for name in sorted(alone.keys() - FREE_TO_TURN):
         difference = row_difference(together[name][0], alone[name][0])
         if difference <= ROW_TOLERANCE:

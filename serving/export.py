@@ -28,6 +28,8 @@ def export_image_classifier(
     white_level: int = 255,
     details: dict | None = None,
     thresholds=None,
+    temperature: float = 1.0,
+    unsure_below: float | None = None,
     folded_bytes: int = FOLDED_BYTES,
 ) -> dict:
     """Write `model` (a models.classifier.Classifier) into `folder` as a SavedModel for raw image files.
@@ -38,8 +40,11 @@ def export_image_classifier(
       error [n] string, "" where all is well. An item with an error has zeros and empty labels.
       A multi-label model, for which `thresholds` [classes] float32 are needed, has independent
       probabilities and adds chosen [n, classes] bool: those that are at least their threshold.
+      With `unsure_below`, unsure [n] bool: whether the best score is less; labels stay as they are.
     - `features`: image_bytes [n] string -> features [n, d] float32; error [n] string.
     - `pixels`: pixels [n, height, width, 3] float32, RGB 0 to 255, any one size -> as `serving_default`.
+
+    Logits are divided by `temperature`, where that is not 1, before they become probabilities.
 
     Weights of at most `folded_bytes` become constants of one function that the signatures share, where that
     changes no answer by more than 1e-5; else they stay variables. `assets.extra` gets labels.txt, a class a line,
@@ -52,7 +57,7 @@ def export_image_classifier(
     shape = [*preprocess.image_size, 3]
     noise = np.random.default_rng(0).uniform(0, 255, [EXAMPLES, *shape])
     run, weights = fold_weights(
-        network(model),
+        network(model, temperature),
         [tf.TensorSpec([None, *shape], tf.float32)],
         [scale_image(tf.constant(noise, tf.float32), preprocess)],
         folded_bytes,
@@ -69,7 +74,7 @@ def export_image_classifier(
         return [values[:count] for values in run(scale_image(tf.concat([images, lent], 0), preprocess))]
 
     def answers(images, errors):
-        return class_outputs(apply(images)[1], errors, class_names, thresholds)
+        return class_outputs(apply(images)[1], errors, class_names, thresholds, unsure_below)
 
     def decode(image_bytes):
         # Decoders have no GPU kernels; without this pin the placer may spread their inputs over devices.
@@ -100,6 +105,7 @@ def export_image_classifier(
         "preprocess": dataclasses.asdict(preprocess),
         "white_level": white_level,
         "weights": weights,
+        **calibration_details(temperature, unsure_below),
     }
     write_assets(folder, model, class_names, thresholds, {**(details or {}), **known})
     return weights
@@ -115,19 +121,21 @@ def check_class_names(model, class_names, thresholds) -> list[str]:
     return list(class_names)
 
 
-def network(model):
+def network(model, temperature: float = 1.0):
     """The function from a model's scaled input, a tensor or several -> [features, probabilities], float32 each."""
 
     def run(*inputs):
         features = model.features(list(inputs) if len(inputs) > 1 else inputs[0], training=False)
         logits = tf.cast(model.logits(features, training=False), tf.float32)
+        if temperature != 1:
+            logits = logits / tf.constant(temperature, tf.float32)
         probabilities = tf.nn.sigmoid(logits) if model.multi_label else tf.nn.softmax(logits)
         return [tf.cast(features, tf.float32), probabilities]
 
     return run
 
 
-def class_outputs(probabilities, errors, class_names, thresholds) -> dict:
+def class_outputs(probabilities, errors, class_names, thresholds, unsure_below: float | None = None) -> dict:
     """Probabilities [n, classes] float32 and errors [n] string -> the outputs of `serving_default`."""
     good = (errors == "")[:, None]  # [n, 1]
     probabilities = tf.where(good, probabilities, 0.0)
@@ -136,7 +144,15 @@ def class_outputs(probabilities, errors, class_names, thresholds) -> dict:
     outputs = {"labels": labels, "scores": scores, "probabilities": probabilities, "error": errors}
     if thresholds is not None:
         outputs["chosen"] = good & (probabilities >= tf.constant(thresholds, tf.float32))
+    if unsure_below is not None:
+        outputs["unsure"] = scores[:, 0] < tf.constant(unsure_below, tf.float32)
     return outputs
+
+
+def calibration_details(temperature: float, unsure_below: float | None) -> dict:
+    """What graft.json says of them."""
+    threshold = {} if unsure_below is None else {"unsure_below": float(np.float32(unsure_below))}
+    return {"temperature": float(temperature), **threshold}
 
 
 def write_archive(folder, endpoints: dict, tracked=()) -> None:

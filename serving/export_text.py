@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from models.backbone import TextPreprocess
 from models.text_inputs import read_texts
-from serving.export import check_class_names, class_outputs, network, write_archive, write_assets
+from serving.export import calibration_details, check_class_names, class_outputs, network, write_archive, write_assets
 from serving.folding import MATRICES, as_variables
 
 
@@ -21,6 +21,8 @@ def export_text_classifier(
     details: dict | None = None,
     thresholds=None,
     pairs: bool = False,
+    temperature: float = 1.0,
+    unsure_below: float | None = None,
 ) -> dict:
     """Write `model` (a models.classifier.Classifier) into `folder` as a SavedModel for strings.
 
@@ -31,13 +33,14 @@ def export_text_classifier(
 
     Args:
         preprocess: None where the model takes strings itself (a TF-Hub module).
+        temperature, unsure_below: as for `export_image_classifier`.
 
     Tokenisation is part of the graph; weights stay variables. `assets.extra` gets labels.txt and graft.json, and what
     is returned says what became of the weights, as there. Nothing from the training set is written. Raises GraftError
     for a class name that is no line of text.
     """
     class_names = check_class_names(model, class_names, thresholds)
-    run = network(model)
+    run = network(model, temperature)
 
     def apply(texts):
         """Texts, one or two of [n] string -> features and probabilities, float32 [n, ...].
@@ -57,7 +60,7 @@ def export_text_classifier(
         return tf.fill(tf.shape(texts[0]), "")
 
     def serve_texts(*texts):
-        return class_outputs(apply(texts)[1], no_errors(texts), class_names, thresholds)
+        return class_outputs(apply(texts)[1], no_errors(texts), class_names, thresholds, unsure_below)
 
     def serve_features(*texts):
         return {"features": apply(texts)[0], "error": no_errors(texts)}
@@ -71,5 +74,6 @@ def export_text_classifier(
     facts = {field.name: getattr(preprocess, field.name) for field in fields if field.name != "tokenizer"}
     weights = as_variables([weight.value for weight in [*model.encoder.weights, *model.head.weights]], MATRICES)
     known = {"preprocess": facts, "pairs": pairs, "weights": weights}
+    known |= calibration_details(temperature, unsure_below)
     write_assets(folder, model, class_names, thresholds, {**(details or {}), **known})
     return weights

@@ -30,7 +30,7 @@ from pathlib import Path
 import numpy as np
 
 from models import GraftError
-from serving.answer_checks import check_answers, read_class_names, read_thresholds
+from serving.answer_checks import check_answers, read_class_names, read_thresholds, read_unsure_below
 from serving.batch_checks import check_padding, check_rows, check_warmup, made_rows, read_batching
 from serving.libraries import RELEASES, loaded_release, packages_with
 from serving.runtime import SessionError
@@ -113,6 +113,7 @@ def run_steps(folder, samples, expected, target, tolerance, say) -> dict:
         with Session(folder) as session:
             load_seconds, signatures = time.monotonic() - started, sorted(session.signatures)
             known = {"class_names": read_class_names(folder), "thresholds": read_thresholds(folder)}
+            known["unsure_below"] = read_unsure_below(folder)
             difference, good = check_answers(session, samples, expected, tolerance, **known)
             compared = f"{len(samples)} samples, largest difference {difference:.1g}, allowed {tolerance:.1g}"
             say(f"answers: loaded in {load_seconds:.2f} s; {compared if samples else 'no samples given'}")

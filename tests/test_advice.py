@@ -71,6 +71,10 @@ def test_a_runs_head_is_its_probe():
     # Where words alone were scored, on the test set, both figures are from there.
     beside = run_advice({**run, "baselines": [{"name": "TF-IDF", "accuracy": 0.85}]})
     assert "75.0%" in beside and "bare words 85.0%" in beside and "far from this one" in beside
+    # The verdict on transfer, where there is one, goes before: its probes saw the same examples.
+    probes = {"pretrained": {"accuracy": 0.9}, "raw": {"accuracy": 0.5}}
+    judged = run_advice({**run, "baselines": [{"name": "TF-IDF", "accuracy": 0.85}], "transfer": {"probes": probes}})
+    assert "90.0%" in judged and "50.0%" in judged and "is near" in judged
     several = run_advice({**run, "thresholds": [0.5, 0.5], "examples": {"train": 90}})
     assert "90 training texts" in several and "probe" not in several
 

@@ -25,6 +25,8 @@ def test_no_weight_of_an_image_model_is_what_it_was(tmp_path, family):
     assert all(value.std() > 0 for value in kernels)
     # Kernels of one shape are different draws.
     assert len({value.ravel()[:4].tobytes() for value in kernels}) == len(kernels)
+    means = [value for weight, value in zip(backbone.encoder.weights, after) if weight.name == "moving_mean"]
+    assert all(mean.any() for mean in means) and bool(means) == (family == "efficientnet")
     images = np.random.default_rng(0).uniform(-1, 1, (8, 32, 32, 3)).astype("float32")
     features = np.asarray(backbone.pooled(backbone.encoder(images, training=False)))
     assert np.isfinite(features).all() and 1e-3 < features.std(axis=0).max() < 100
