@@ -49,6 +49,21 @@ class TextPreprocess:
 
 
 @dataclasses.dataclass(frozen=True)
+class AudioPreprocess:
+    """How decoded sound becomes encoder input; the values are the checkpoint's own.
+
+    Steps, in this order: mono (the mean of the channels, -1 to 1), resample to `sample_rate_hz`, cut or pad with zeros
+    to `window_seconds`, then, where `normalise`, zero mean and unit variance over the real samples. The encoder takes
+    waveform [batch, samples] float32 and attention_mask [batch, samples] int32 (1: a real sample, 0: padding); what
+    else a checkpoint wants (Whisper: a log-mel spectrogram) is part of the encoder.
+    """
+
+    sample_rate_hz: int = 16_000
+    window_seconds: float = 2.0
+    normalise: bool = False  # as Wav2Vec2FeatureExtractor with do_normalize
+
+
+@dataclasses.dataclass(frozen=True)
 class Block:
     """One residual, MBConv or transformer unit: a name and its layers, bottom to top."""
 
@@ -74,7 +89,7 @@ class Backbone:
 
     name: str
     encoder: keras.Model  # flat functional graph: preprocessed input -> features
-    preprocess: ImagePreprocess | TextPreprocess | None  # None: text goes in as it is
+    preprocess: ImagePreprocess | TextPreprocess | AudioPreprocess | None  # None: text goes in as it is
     blocks: list[Block]  # bottom to top; block 0 holds the stem, the last one what follows the last unit
     feature_size: int  # width of the pooled features
     pooling: str = "average"  # a key of POOLINGS: how features become one vector per example
