@@ -12,6 +12,8 @@ import rich.console
 import rich.progress
 import rich.table
 
+from pipelines.cluster import is_multi_worker
+
 console = rich.console.Console(highlight=False, soft_wrap=True)
 
 PHASE_TITLES = {
@@ -65,7 +67,8 @@ def start_tensorflow(seed: int) -> None:
         import keras
         import tensorflow as tf
 
-        tf.config.list_logical_devices()
+        if not is_multi_worker(os.environ):  # a worker's strategy must come before its devices
+            tf.config.list_logical_devices()
     keras.utils.set_random_seed(seed)
 
 
