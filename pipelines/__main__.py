@@ -13,6 +13,7 @@ COMMANDS = {  # word: (module, function, what it does)
     "text": ("pipelines.text", "main", "fine-tune a text model on your texts and export it"),
     "resume": ("pipelines.resume", "resume_run", "go on with a run that was stopped or killed"),
     "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
+    "embed": ("pipelines.embed", "embed", "vectors of files or texts from a run's exported model"),
     "rank": ("pipelines.rank", "rank", "which backbone suits your data, in minutes and without training"),
     "evaluate": ("pipelines.rescore", "evaluate_run", "score a run's exported model on other labelled data"),
     "publish": ("pipelines.publish", "publish_run", "publish a run's model where TensorFlow Serving watches"),
