@@ -10,6 +10,7 @@ from models import GraftError
 COMMANDS = {  # word: (module, function, what it does)
     "image": ("pipelines.image", "main", "fine-tune an image model on your pictures and export it"),
     "text": ("pipelines.text", "main", "fine-tune a text model on your texts and export it"),
+    "audio": ("pipelines.audio", "main", "fine-tune an audio model on your clips and export it"),
     "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
     "rank": ("pipelines.rank", "rank", "which backbone suits your data, in minutes and without training"),
     "evaluate": ("pipelines.rescore", "evaluate_run", "score a run's exported model on other labelled data"),

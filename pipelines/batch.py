@@ -10,6 +10,8 @@ import csv
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import rich.table
 import tyro
@@ -18,6 +20,7 @@ from models import GraftError
 from pipelines import facts, runs
 from pipelines.batch_texts import input_names, shortened, text_rows, texts_reader
 from pipelines.console import console, progress_bar
+from pipelines.sounds import SOUND_SUFFIXES, wav_of
 from pipelines.sources import IMAGE_SUFFIXES
 
 BATCH = 32  # examples per call of the model
@@ -30,7 +33,7 @@ class PredictConfig:
     run: tyro.conf.Positional[str]
     """Run folder, or the folder of an exported version."""
     inputs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Of an image model: image files, folders of images, or one CSV file with a column `path`. Of a text model: .txt
+    """Of an image or audio model: files, folders of them, or one CSV file with a column `path`. Of a text model: .txt
     files, or one CSV file with a column `text`. The columns of a CSV file are kept."""
     text: tuple[str, ...] = ()
     """Texts to label, of a text model: --text "How do I sort a list?" """
@@ -59,8 +62,8 @@ def predict(argv: list[str]) -> int:
         read = texts_reader(input_names(details), [[row[column] for row in rows] for column in columns])
     else:
         columns = ["path"]
-        rows = input_rows(config.inputs)
-        read = files_reader([row.pop(READ_FROM) for row in rows])
+        rows = input_rows(config.inputs, details)
+        read = files_reader([row.pop(READ_FROM) for row in rows], details)
     answers = ask(version, len(rows), read)
     for row, answer in zip(rows, answers):
         row.update(label=label_of(answer, class_names), score=f"{answer['scores'][0]:.6f}", error=answer["error"])
@@ -83,12 +86,36 @@ def predict(argv: list[str]) -> int:
 READ_FROM = object()  # key, in an input row, of the path to read; never a column
 
 
-def input_rows(inputs: tuple[str, ...]) -> list[dict]:
+class FilesKind(NamedTuple):
+    """Files of a kind that models take."""
+
+    noun: str
+    input: str  # of serving_default
+    suffixes: frozenset[str]
+    prepare: Callable[[bytes], bytes]  # bytes of a file -> what the model is sent
+
+
+def files_kind(details: dict) -> FilesKind:
+    """What files a model takes; `details` as the export says of itself."""
+    if details.get("kind") == "audio":
+        return FilesKind("clip", "audio_bytes", SOUND_SUFFIXES, sent_sound)
+    return FilesKind("image", "image_bytes", IMAGE_SUFFIXES, lambda data: data)
+
+
+def sent_sound(data: bytes) -> bytes:
+    """WAV that the served model reads as it is; FLAC, OGG, MP3, ADPCM in WAV and so on as such WAV."""
+    codec = int.from_bytes(data[data.find(b"fmt ") + 8 :][:2], "little")
+    plain = data[:4] in (b"RIFF", b"RF64") and codec in (1, 3, 0xFFFE)  # PCM, float, either with a longer header
+    return data if plain or not data else wav_of(data)
+
+
+def input_rows(inputs: tuple[str, ...], details: dict) -> list[dict]:
     """What the command line names -> rows with the column path, and those of a CSV file.
 
     Raises:
         GraftError: nothing named, a file that does not exist, no images in a folder, a CSV without `path`.
     """
+    kind = files_kind(details)
     if len(inputs) == 1 and inputs[0].lower().endswith(".csv"):
         path = pathlib.Path(inputs[0])
         return [{**row, READ_FROM: path.parent / row["path"]} for row in csv_rows(path, ["path"])]
@@ -96,16 +123,16 @@ def input_rows(inputs: tuple[str, ...]) -> list[dict]:
     for name in inputs:
         path = pathlib.Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in kind.suffixes and p.is_file())
             if not found:
-                raise GraftError(f"{name}: no images in this folder.")
+                raise GraftError(f"{name}: no {kind.noun}s in this folder.")
             paths += found
         elif path.is_file():
             paths.append(path)
         else:
             raise GraftError(f"{name}: there is no such file or folder.")
     if not paths:
-        raise GraftError("Nothing to label: give image files, a folder, or a CSV file with a column `path`.")
+        raise GraftError(f"Nothing to label: give {kind.noun} files, a folder, or a CSV file with a column `path`.")
     return [{"path": str(path), READ_FROM: path} for path in paths]
 
 
@@ -125,12 +152,14 @@ def csv_rows(path: pathlib.Path, columns: list[str]) -> list[dict]:
     return rows
 
 
-def files_reader(paths: list[pathlib.Path]):
-    """A function: (start, stop) -> what an image model is asked, and why a file could not be read, "" where it was."""
+def files_reader(paths: list[pathlib.Path], details: dict):
+    """A function: (start, stop) -> what a model of files is asked, and why a file could not be read ("" if it was)."""
+
+    kind = files_kind(details)
 
     def read(start: int, stop: int):
         batch = [read_bytes(path) for path in paths[start:stop]]
-        return {"image_bytes": [data for data, _ in batch]}, [error for _, error in batch]
+        return {kind.input: [kind.prepare(data) for data, _ in batch]}, [error for _, error in batch]
 
     return read
 

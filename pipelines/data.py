@@ -228,6 +228,7 @@ def cached_dataset(
     training: bool = False,
     seed: int = 0,
     trim: bool = False,
+    windows: bool = False,
 ):
     """As `dataset`, the inputs being rows of arrays that are at hand: a tuple of tensors [b, ...].
 
@@ -238,6 +239,8 @@ def cached_dataset(
             (parts, part, indices) -> tensors.
         part_of, places: [n] int, in which part each row of the table lies, and where in its arrays.
         trim: leave the padding out: batches that are not full, of which each part has one, are smaller. For one device.
+        windows: the first axis of an example stays open, though all should have as many: others of the same phase,
+            which the same step must take, may have one.
     """
     import tensorflow as tf
 
@@ -263,8 +266,11 @@ def cached_dataset(
     dtypes = [tf.as_dtype(array.dtype) for array in parts[0]]
     dimensions = [list(zip(*(array.shape[1:] for array in same))) for same in zip(*parts)]
     shapes = [
-        (None if trim else batch_size, *(dim[0] if len(set(dim)) == 1 else None for dim in dims)) for dims in dimensions
+        [None if trim else batch_size, *(dim[0] if len(set(dim)) == 1 else None for dim in dims)] for dims in dimensions
     ]
+    for shape in shapes if windows else ():
+        if len(shape) > 2:
+            shape[1] = None
     batches = tf.data.Dataset.from_tensor_slices(slices)
     return batches.map(read, num_parallel_calls=2, deterministic=True).prefetch(tf.data.AUTOTUNE)
 

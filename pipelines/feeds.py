@@ -63,9 +63,15 @@ class Feeds:
                 examples = self.examples_of(table)
                 return examples.batches(examples.inputs, table)
 
+            def train_batches(view, epoch):
+                if self.frozen.loader is None or (augmentation, random_erasing) == UNCHANGED:
+                    return self.learning.batches(self.learning.inputs, self.train, epoch)
+                more = {"epoch": epoch, "view": view, "training": True, "seed": self.seed}
+                return dataset(self.train, self.frozen.load(augmentation), **more, **self.common)
+
             return Feed(
                 lambda inputs, training=False: self.model(unwrapped(inputs), training=training),
-                lambda view, epoch: self.learning.batches(self.learning.inputs, self.train, epoch),
+                train_batches,
                 batches,
                 pooled=lambda inputs: self.model.features(unwrapped(inputs)),
             )
@@ -125,7 +131,7 @@ class Feeds:
             # Each view is made when its epoch comes: a phase that stops early needs no more.
             found = self.view(cut, view % self.options.views, *changes) or self.view(cut, 0, *changes)
             places = np.arange(self.train.num_rows)
-            more = {"epoch": epoch, "training": True, "seed": self.seed}
+            more = {"epoch": epoch, "training": True, "seed": self.seed, "windows": self.frozen.shape["windows"]}
             return cached_dataset(self.train, [found.arrays], np.zeros_like(places), places, **more, **self.common)
 
         return Feed(

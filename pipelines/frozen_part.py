@@ -38,6 +38,8 @@ class FrozenPart:
         # Long texts are few: a batch of them that is mostly padding would take as long as all short ones.
         # Replicas and accumulated steps need parts of one size.
         self.trim = bool(read_inputs) and strategy.num_replicas_in_sync == 1 and steps == 1
+        # Sounds have both: parts of equally many windows as they are, and one random window where they are changed.
+        self.shape = {"trim": self.trim, "windows": bool(read_inputs and loader)}
         self.prefixes, self.steps = {}, {}  # made once: building and tracing take seconds
         self.memory_left = options.cache_memory * 1e9 or cache.MEMORY_SHARE * psutil.virtual_memory().available
         # Weights as they are now: phase 2 changes those above its cut, and asks for more afterwards.
@@ -189,7 +191,7 @@ class Examples:
         else:
             parts = parts * (len(self.starts) - 1)
         more = {} if epoch is None else {"epoch": epoch, "training": True, "seed": self.frozen.seed}
-        return cached_dataset(table, parts, part_of, places, trim=self.frozen.trim, **more, **self.frozen.batch)
+        return cached_dataset(table, parts, part_of, places, **self.frozen.shape, **more, **self.frozen.batch)
 
     def raw_batches(self):
         """All examples as the model takes them, in order."""
@@ -265,7 +267,7 @@ class Examples:
             if batches is None:
                 rows = np.arange(table.num_rows)
                 first = np.zeros_like(rows)
-                batches = cached_dataset(table, [arrays], first, rows, trim=frozen.trim, **frozen.batch)
+                batches = cached_dataset(table, [arrays], first, rows, **frozen.shape, **frozen.batch)
             what = f"blocks {lower or 0} to {cut}"
             return frozen.run(what, part, batches) if self.collected is None else self._run_on(what, part, batches, cut)
 

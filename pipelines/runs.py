@@ -130,6 +130,7 @@ def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
         "white_level": splits.white_level,
         "multi_label": splits.multi_label,
         "inputs": inputs,
+        **({"kind": config.kind} if hasattr(config, "kind") else {}),
     }
     write_json(run_dir / "checkpoints" / "state.json", state)
 
