@@ -234,12 +234,14 @@ def cached_dataset(
     Args:
         parts: for each part of the examples a list of arrays [m, ...] that take an array of indices: numpy's, or
             `pipelines.cache.FileRows`. Parts may differ in shape, and a batch comes from one of them. An array of one
-            row holds for all examples.
+            row holds for all examples. Arrays with a function `load` are read in the graph, all at once:
+            (parts, part, indices) -> tensors.
         part_of, places: [n] int, in which part each row of the table lies, and where in its arrays.
         trim: leave the padding out: batches that are not full, of which each part has one, are smaller. For one device.
     """
     import tensorflow as tf
 
+    load = getattr(parts[0][0], "load", None)
     rows, real = epoch_batches(part_of, batch_size, epoch, training, seed)
     weights = (table["weight"].to_numpy()[rows] * real).astype(np.float32)
     targets = targets_of(table, class_count)[rows]
@@ -255,7 +257,7 @@ def cached_dataset(
             indices, targets, weights, rows = (
                 x[: tf.math.count_nonzero(rows >= 0)] for x in (indices, targets, weights, rows)
             )
-        inputs = tf.numpy_function(take, [part, indices], dtypes)
+        inputs = load(parts, part, indices) if load else tf.numpy_function(take, [part, indices], dtypes)
         return tuple(tf.ensure_shape(x, s) for x, s in zip(inputs, shapes)), targets, weights, rows
 
     dtypes = [tf.as_dtype(array.dtype) for array in parts[0]]
