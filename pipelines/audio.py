@@ -150,7 +150,7 @@ def build_model(config: AudioConfig, class_names: list[str], multi_label: bool =
     if "notice" in backbone.source:
         console.print(f"[yellow]      Note: {backbone.source['notice']}")
     window_seconds = config.model.window_seconds
-    check_window(window_seconds, backbone.source.get("longest_seconds"), backbone.name)
+    check_window(window_seconds, backbone.preprocess.longest_seconds, backbone.name)
     backbone.preprocess = dataclasses.replace(backbone.preprocess, window_seconds=window_seconds)
     depth = depth_blocks(config.model.depth)
     if depth:

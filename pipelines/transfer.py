@@ -1,7 +1,7 @@
 """Whether transfer is of use here: what was pretrained against random weights and against the bare input.
 
 The same linear probe, on the same folds of a sample of the training set, gets the features of the pretrained backbone,
-those of the same network with random weights, and the input itself: pixels, term weights (TF-IDF), or log-mel statistics.
+those of the same network with random weights, and the input itself: pixels, term weights (TF-IDF), log-mel statistics.
 Probes judge feature extraction; the finished model is compared with the bare input on the test set, where that has won.
 """
 
