@@ -103,7 +103,7 @@ def write_results(
     """Write the report, the model card and, last, metrics.json: a run that has it is complete.
 
     Args:
-        kind: "image" or "text".
+        kind: "image", "text" or "audio".
         scored: what `score` gave.
         version, checked: what `publish` gave.
         transfer: what `pipelines.transfer.judge_transfer` gave.
@@ -117,6 +117,7 @@ def write_results(
     from pipelines.model_card import write_model_card
     from pipelines.report import write_report
 
+    noun = facts.NOUNS[kind].removesuffix("s")
     logits, metrics, thresholds, calibration = scored
     probabilities = facts.probabilities_of(logits["test"], splits.multi_label)
     gathered = facts.about_run(config, splits, backbone, phases, metrics, kind)
@@ -135,8 +136,8 @@ def write_results(
     gathered["warnings"] = [
         *gathered["warnings"],
         *calibration_warnings(calibration),
-        *copies_warnings(gathered["exact_copies"], kind),
-        *(near_warnings(examined["near_copies"], kind) if examined else []),
+        *copies_warnings(gathered["exact_copies"], noun),
+        *(near_warnings(examined["near_copies"], noun) if examined else []),
     ]
     # Where transfer hurts, that is the first thing to say.
     place = 0 if transfer["verdict"] == "hurts" else len(gathered["verdicts"])
@@ -144,7 +145,8 @@ def write_results(
     if baselines:
         gathered["baselines"] = list(baselines)
         headline = metrics["test"]["headline"]
-        gathered["verdicts"] = [*gathered["verdicts"], *(baseline_verdict(headline, row) for row in baselines)]
+        compared = (baseline_verdict(headline, row, facts.NOUNS[kind]) for row in baselines)
+        gathered["verdicts"] = [*gathered["verdicts"], *compared]
     gathered["advice"] = run_advice(gathered)
     report = write_report(run_dir, gathered)
     write_model_card(run_dir, gathered)

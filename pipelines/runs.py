@@ -149,6 +149,7 @@ def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
         "multi_label": splits.multi_label,
         "inputs": inputs,
         "working_directory": os.getcwd(),
+        **({"kind": config.kind} if hasattr(config, "kind") else {}),
     }
     write_json(run_dir / "checkpoints" / "state.json", state)
     write_text(run_dir / "config.yaml", config_yaml(config))  # last: a folder that has it can be resumed
