@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,8 @@ from serving.answer_checks import check_answers
 from serving.export import export_image_classifier
 from serving.session import Session
 from serving.static_checks import CheckFailed, read_op_list
-from serving.verify import STEPS, VerificationError, run_steps, verify
+from serving.steps import STEPS, in_fresh_process
+from serving.verify import VerificationError, run_steps, verify
 from tests.conftest import tiny_backbone
 from tests.test_export import CLASSES, encoded_image, tiny_classifier, training_answers
 
@@ -374,3 +376,16 @@ def test_op_lists_hold_what_every_model_needs():
     for target in ("2.19", "2.20"):
         assert {"StatefulPartitionedCall", "VarHandleOp", "RestoreV2", "DecodePng"} <= read_op_list(target)
     assert "DecodeWebP" in read_op_list("2.20") - read_op_list("2.19")
+
+
+def test_a_step_that_takes_its_process_down():
+    def crash(task):
+        os.kill(os.getpid(), task["signal"])
+
+    with pytest.raises(CheckFailed, match="SIGKILL ended the process, as it would end the server"):
+        in_fresh_process(crash, {"signal": signal.SIGKILL})
+
+
+def test_steps_are_fresh_processes():
+    pids = [in_fresh_process(lambda task: (str(os.getpid()), {}), {})[0] for _ in range(2)]
+    assert len({*pids, str(os.getpid())}) == 3
