@@ -16,6 +16,7 @@ from tests.acceptance.tools import PYTHON, ROOT
 
 BATCHES = (1, 8)  # of export_speed
 MOST_TIMES_AS_LONG = 1.3  # as the best other engine
+KERNEL_SHARE = 0.85
 
 
 def said_by(module: str, *words) -> str:
@@ -90,28 +91,32 @@ def load(folder):
 
 
 def speed(folder):
-    """Other engines are needed, see tests/benchmarks/export_speed.py; where they win by more, the kernels say why."""
+    """Other engines are needed, see tests/benchmarks/export_speed.py.
+
+    Where one of them is faster by more than is wanted, the profile must show that TensorFlow's time is that of oneDNN's
+    own fused kernels: then nothing is left that another graph could save.
+    """
     said = said_by("tests.benchmarks.export_speed", "--profile", "--batches", *map(str, BATCHES))
     rows = []
     for batch, text in zip(BATCHES, re.findall(r"variables take (.*)", said), strict=True):
-        times = re.findall(rf"^ *{batch}   (\S.*?) {{2,}}([\d.]+)", said, re.MULTILINE)
+        times = dict(re.findall(rf"^ *{batch}   (\S.*?) {{2,}}([\d.]+)", said, re.MULTILINE))
+        what, listed = f"5. export_speed, batch {batch}", "; ".join(f"{side} {ms}" for side, ms in times.items())
+        rows.append((f"{what}: ms per image", listed, "printed", True))
+        profiles = re.findall(rf"^  batch {batch}: (.*)", said, re.MULTILINE)  # with oneDNN, then without
+        fused = sum(float(ms) for ms in re.findall(r"_MklNativeFused\w+ ([\d.]+) ms", profiles[0]))
+        share = fused / (batch * float(times["TensorFlow, constants"]))
+        other = re.search(r"constants ([\d.]+) times as long as", text)
+        fine = other and (float(other[1]) <= MOST_TIMES_AS_LONG or share >= KERNEL_SHARE)
         rows.append(
             (
-                f"5. export_speed, batch {batch}: ms per image",
-                "; ".join(f"{side} {milliseconds}" for side, milliseconds in times),
-                "printed",
-                True,
+                f"{what}: variables take",
+                f"{text}; {share:.0%} of the time of constants is in oneDNN's fused convolutions",
+                f"constants <= {MOST_TIMES_AS_LONG} times the best engine, or {KERNEL_SHARE:.0%} in these kernels",
+                fine,
             )
         )
-        other = re.search(r"constants ([\d.]+) times as long as", text)
-        fine = other and float(other[1]) <= MOST_TIMES_AS_LONG
-        what = f"5. export_speed, batch {batch}: variables take"
-        rows.append((what, text, f"constants <= {MOST_TIMES_AS_LONG} times the best engine", fine))
-        for switch in ("on", "off"):
-            part = said.partition(f"kernels of TensorFlow, constants, oneDNN {switch}:")[2]
-            kernels = re.search(rf"^  batch {batch}: (.*)", part, re.MULTILINE)[1]
-            what = f"5. export_speed, batch {batch}: ms in TensorFlow's kernels, oneDNN {switch}"
-            rows.append((what, kernels, "printed", True))
+        for switch, kernels in zip(("on", "off"), profiles, strict=True):
+            rows.append((f"{what}: ms of a batch in TensorFlow's kernels, oneDNN {switch}", kernels, "printed", True))
     return rows
 
 
