@@ -80,7 +80,11 @@ def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwis
     except VerificationError as error:
         if otherwise is None or checked["weights"] == "variables":
             raise
-        console.print(f"[yellow]Note: {error} Trying again with weights as variables.")
+        why = str(error).partition("verification failed at ")[2]
+        console.print(
+            f"[yellow]Note: weights stay variables, which answer as training does, if slower. As constants they failed "
+            f"verification at {why}"
+        )
         return publish(run_dir, otherwise, samples, probabilities)
     return version, checked
 
