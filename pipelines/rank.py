@@ -128,6 +128,14 @@ def check_request(config: RankConfig) -> tuple[str, list]:
         if getattr(config, flag) < least:
             shown = flag.replace("_", "-")
             raise GraftError(f"--{shown} is {getattr(config, flag)}, expected {least} or more")
+    return find_kind(config)
+
+
+def find_kind(config) -> tuple[str, list]:
+    """The kind of the data and its examples, as --data, --kind and the columns say.
+
+    config: `RankConfig` or its like. Raises GraftError for data that is of neither kind.
+    """
     kind = config.kind
     if kind == "auto" and config.data in offline.DATA and not pathlib.Path(config.data).exists():
         kind = offline.DATA[config.data]["kind"]
@@ -145,7 +153,7 @@ def check_request(config: RankConfig) -> tuple[str, list]:
     )
 
 
-def find_examples(config: RankConfig, kind: str) -> list:
+def find_examples(config, kind: str) -> list:
     """What `graft image` or `graft text` would find."""
     if kind == "image":
         return find_images(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
@@ -220,7 +228,7 @@ def measure(name: str, kind: str, splits, sample, config: RankConfig) -> dict:
     }
 
 
-def frozen_part(name: str, kind: str, splits, config: RankConfig):
+def frozen_part(name: str, kind: str, splits, config):
     """The backbone `name` with what feeds and caches it, as training would have it."""
     import tensorflow as tf
 
