@@ -16,6 +16,7 @@ COMMANDS = {  # word: (module, function, what it does)
     "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
     "embed": ("pipelines.embed", "embed", "vectors of files or texts from a run's exported model"),
     "rank": ("pipelines.rank", "rank", "which backbone suits your data, in minutes and without training"),
+    "curve": ("pipelines.curve", "curve", "what more data would bring, in minutes"),
     "evaluate": ("pipelines.rescore", "evaluate_run", "score a run's exported model on other labelled data"),
     "publish": ("pipelines.publish", "publish_run", "publish a run's model where TensorFlow Serving watches"),
     "rollback": ("pipelines.publish", "rollback_version", "serve an older published version again"),

@@ -263,6 +263,9 @@ class GuardOptions:
     check_labels: bool = False
     """Look for wrong labels: answer each example by a model that has not seen it, and list those whose label it doubts
     most. Takes a minute or so per 10,000 examples."""
+    gap_limit: float = 0.1
+    """Largest gap between training and validation accuracy, a share of one, that is let pass: the report warns of a
+    larger one, and says what to change (0: no limit). It stops nothing: early stopping, see --patience, does."""
     calibrate: bool = True
     """Divide logits by a temperature that suits the validation set best, in the exported model too: its probabilities
     then say how often it is right. The answers stay the same."""

@@ -1,6 +1,6 @@
 """The six steps of `serving/verify.py`: functions of a task that return what to say and the facts they found.
 
-A task is {"folder", "samples", "expected", "target", "tolerance"} and the facts of the steps before.
+A task is {"folder", "samples", "expected", "target", "tolerance", "contract"} and the facts of the steps before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from models import GraftError
-from serving.answer_checks import check_answers, read_class_names, read_thresholds, read_unsure_below
+from serving.answer_checks import check_answers, check_contract, read_class_names, read_thresholds, read_unsure_below
 from serving.batch_checks import check_padding, check_rows, check_warmup, read_batching
 from serving.libraries import loaded_release
 from serving.session import Session
@@ -36,7 +36,8 @@ def ops(task: dict) -> tuple[str, dict]:
 
 
 def answers(task: dict) -> tuple[str, dict]:
-    """What the C++ loader's session answers to the samples, against what is expected."""
+    """What the C++ loader's session answers to the samples, against what is expected; the contract of inputs first."""
+    check_contract(task["folder"], task.get("contract"))
     samples, tolerance, started = task["samples"], task["tolerance"], time.monotonic()
     with Session(task["folder"]) as session:
         load_seconds = time.monotonic() - started

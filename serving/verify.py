@@ -5,7 +5,8 @@ passes there needs nothing of the process that made it. Six steps (serving/steps
 
 1. layout: one metagraph tagged `serve`, variables, tensors, batch dimension, dtypes, no XLA, no Python;
 2. ops: every op is linked into the stock server of the target version;
-3. answers: TensorFlow's C++ loader runs it, XLA off, and the answers equal the expected ones;
+3. answers: inputs reach the network as in training (`serving/contract.py`), TensorFlow's C++ loader runs it, XLA off,
+   and the answers equal the expected ones;
 4. rows: 0, 1, 2, 3 and every allowed number of rows of every signature equal single ones, be they of different
    sizes; a bad item spares its neighbours;
 5. padding: a row that the server pads to its neighbour's size answers the same, or the server does not pad;
@@ -47,7 +48,13 @@ class VerificationError(GraftError):
 
 
 def verify(
-    folder, samples, expected_probabilities, target="2.20", tolerance=PROBABILITY_TOLERANCE, packages=None
+    folder,
+    samples,
+    expected_probabilities,
+    target="2.20",
+    tolerance=PROBABILITY_TOLERANCE,
+    packages=None,
+    contract: dict | None = None,
 ) -> dict:
     """Verify the version folder `folder` in a fresh process; raises VerificationError.
 
@@ -56,6 +63,7 @@ def verify(
     answers to them, [n, classes] float32, zeros for an item that cannot be read; on a GPU computed with
     TF32 off. The server runs on the CPU meanwhile, so that it leaves the GPU to its parent.
     packages: a folder whose `tensorflow` to use instead of the installed one (`serving.libraries.packages_with`).
+    contract: what training made of the probe of `serving.contract`, which the version must make of it too.
 
     Returns {"files", "largest_difference", "largest_row_difference", "signatures", "ops", "target",
     "missing_in_2.19", "batch_sizes", "padding", "warmup_requests", "tensorflow", "load_seconds", "seconds"}.
@@ -71,6 +79,7 @@ def verify(
             lengths=np.array([len(part) for part in parts], np.int64),
             width=width,  # of a tuple; 0: samples are no tuples
             expected=np.asarray(expected_probabilities, np.float32),
+            contract=json.dumps(contract),
         )
         command = [sys.executable, "-m", "serving.verify", str(Path(folder).absolute()), "--json"]
         command += ["--samples", str(file), "--target", target, "--tolerance", repr(float(tolerance))]
@@ -97,12 +106,15 @@ def verify(
     return {**answer, "seconds": round(time.monotonic() - started, 3)}
 
 
-def run_steps(folder, samples, expected, target, tolerance, say, run=lambda step, task: step(task)) -> dict:
+def run_steps(
+    folder, samples, expected, target, tolerance, say, run=lambda step, task: step(task), contract: dict | None = None
+) -> dict:
     """All steps. Arguments and result as in `verify`; `say(line)` ends each step.
 
     run: called with a step and its task; `serving.steps.in_fresh_process`, or as it is to stay in this process.
     """
     task = {"folder": folder, "samples": samples, "expected": expected, "target": target, "tolerance": tolerance}
+    task["contract"] = contract
     facts = {"files": len(samples), "target": target}
     for number, (name, step) in enumerate(STEPS.items(), 1):
         try:
@@ -158,6 +170,12 @@ def read_samples(file):
     return list(zip(*[iter(parts)] * width, strict=True)) if width else parts, expected
 
 
+def read_contract(file) -> dict | None:
+    """What training made of the probe, as `verify` writes it; None where nobody noted it."""
+    with np.load(file) as content:
+        return json.loads(str(content["contract"])) if "contract" in content else None
+
+
 def main(arguments=None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -183,7 +201,8 @@ def main(arguments=None) -> int:
     say = (lambda line: None) if options.json else print
     checked = (options.folder, samples, expected, options.target, options.tolerance)
     try:
-        result = run_steps(*checked, say, in_fresh_process)
+        contract = read_contract(options.samples) if options.samples else None
+        result = run_steps(*checked, say, in_fresh_process, contract)
         if options.libraries:
             again = result["libraries"] = verify_with_libraries(*checked)
             compared = f"{again['files']} samples, largest difference {again['largest_difference']:.1g}"
