@@ -24,8 +24,8 @@ NOISE_DB = 10.0
 SEED = 0
 
 
-def trained(folder, name, *words) -> dict:
-    done, _ = graft("audio", *words, "--out", folder / name)
+def trained(folder, name, *words, **environment) -> dict:
+    done, _ = graft("audio", *words, "--out", folder / name, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads((folder / name / "metrics.json").read_text())
 
@@ -37,10 +37,12 @@ def accuracies(metrics) -> tuple[float, float, float]:
 
 def words(folder):
     """With no arguments; and with two blocks thawed, which validation alone would not have asked for."""
-    default = trained(folder, "default")
+    (folder / "cache").mkdir()
+    environment = tools.own_cache(folder / "cache")  # in which nothing is found
+    default = trained(folder, "default", **environment)
     accuracy, simple, segments = accuracies(default)
     minutes = default["seconds"]["training"] / 60
-    both = trained(folder, "both", "--depth", "2")
+    both = trained(folder, "both", "--depth", "2", **environment)
     tuned = both["phases"][-1]["test"]["accuracy"] if both["phases"][-1]["kept"] else both["test"]["accuracy"]
     head = both["phases"][0]["test"]["accuracy"]
     return [
