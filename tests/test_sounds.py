@@ -134,20 +134,13 @@ def test_a_tfds_set_of_sounds(tmp_path):
     features = tfds.features.FeaturesDict(
         {"audio": tfds.features.Audio(sample_rate=8_000), "label": tfds.features.ClassLabel(names=["low", "high"])}
     )
-    writer = tfds.dataset_builders.store_as_tfds_dataset(
-        name="tiny_tones",
-        version="1.0.0",
-        features=features,
-        split_datasets={
-            "train": [
-                {"audio": tone(200 + 500 * (index % 2), 0.2, 8_000, index).astype(np.int64), "label": index % 2}
-                for index in range(12)
-            ]
-        },
-        data_dir=tmp_path,
-        disable_shuffling=True,
+    examples = [
+        (index, {"audio": tone(200 + 500 * (index % 2), 0.2, 8_000, index).astype(np.int64), "label": index % 2})
+        for index in range(12)
+    ]
+    tfds.dataset_builders.store_as_tfds_dataset(
+        name="tiny_tones", version="1.0.0", features=features, split_datasets={"train": examples}, data_dir=tmp_path
     )
-    assert writer is not None
     found = find_sounds("tfds:tiny_tones", data_dir=str(tmp_path))
     assert len(found) == 12 and {example.labels for example in found} == {("low",), ("high",)}
     sound, rate_hz = soundfile.read(found[0].path, dtype="int16")
