@@ -10,17 +10,7 @@ import numpy as np
 import tyro
 
 from models import GraftError
-from pipelines.batch import (
-    READ_FROM,
-    answers_of,
-    csv_rows,
-    files_kind,
-    files_reader,
-    input_rows,
-    label_of,
-    print_answers,
-)
-from pipelines.batch_texts import input_names, text_rows, texts_reader
+from pipelines.batch import answers_of, label_of, print_answers, what_to_ask
 from pipelines.console import console
 from serving.client import TIMEOUT_S, Client
 
@@ -96,18 +86,6 @@ def inputs_of(model, where: str) -> dict:
             f"(image_bytes, audio_bytes or text in; labels, scores, probabilities and error out)."
         )
     return INPUTS[names]
-
-
-def what_to_ask(config, details: dict) -> tuple[list[dict], object, str]:
-    """What the command line names: its rows, a reader of them for `answers_of`, and the column that names a row."""
-    if "pairs" in details:
-        columns = [config.text_column, config.second_column][: 1 + details["pairs"]]
-        rows = text_rows(config.inputs, config.text, columns, csv_rows)
-        return rows, texts_reader(input_names(details), [[row[name] for row in rows] for name in columns]), columns[0]
-    if config.text:
-        raise GraftError(f"--text: this model takes {files_kind(details).noun}s. Give files, a folder, or a CSV file.")
-    rows = input_rows(config.inputs, details)
-    return rows, files_reader([row.pop(READ_FROM) for row in rows], details), "path"
 
 
 def names_of(answers: list[dict]) -> list[str]:

@@ -11,6 +11,7 @@ import tyro
 from models import GraftError
 from pipelines import facts, runs
 from pipelines.console import console
+from pipelines.results import NOTE
 
 
 @dataclasses.dataclass
@@ -34,6 +35,7 @@ def export_run(argv: list[str]) -> int:
         raise GraftError(
             f"{run_dir} holds no saved weights: its training stopped before the first epoch ended. Train again."
         )
+    (run_dir / NOTE).unlink(missing_ok=True)  # a version of its own, even where a stopped run has published one
     state = json.loads((run_dir / "checkpoints" / "state.json").read_text())
     with runs.explained(run_dir):
         if state.get("kind") == "audio":
@@ -43,5 +45,6 @@ def export_run(argv: list[str]) -> int:
         else:
             from pipelines.image import export_again
         version, checked = export_again(run_dir, state)
+    (run_dir / NOTE).unlink(missing_ok=True)
     console.print(f"Exported the weights of {checkpoint.name} to {version}\n{facts.served_line(checked)}")
     return 0

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from pipelines import guards, ladder
+from pipelines import guards, ladder, recovery
 from pipelines.config import flat_config
 from pipelines.console import console
 
@@ -41,7 +41,9 @@ def about_run(config, splits, backbone, phases: list[dict], metrics: dict, kind:
         "kind": kind,
         "created": now(),
         "command": f"graft {kind} " + " ".join(changed_flags(config)),
-        "verdicts": verdicts(phases, config.model.depth) + guards.verdicts(phases, config.guards.forgetting_limit),
+        "verdicts": verdicts(phases, config.model.depth)
+        + guards.verdicts(phases, config.guards.forgetting_limit)
+        + recovery.verdicts(phases),
         **({"climb": ladder.story(phases)} if config.model.depth == "auto" else {}),
         "forgetting": guards.story(phases, config.guards.forgetting_limit),
         "warnings": splits.warnings,

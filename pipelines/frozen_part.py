@@ -18,6 +18,7 @@ from pipelines import cache
 from pipelines.cache import Activations
 from pipelines.console import console, progress_bar
 from pipelines.data import cached_dataset, dataset
+from pipelines.distribute import local_strategy
 from pipelines.steps import gathered
 
 
@@ -34,7 +35,8 @@ class FrozenPart:
         """
         self.model, self.white_level, self.options = model, white_level, options
         self.loader, self.read_inputs = loader, read_inputs
-        self.batch, self.seed, self.strategy = batch, seed, strategy
+        # Each of several workers computes all that it has not: what is kept is then whole everywhere.
+        self.batch, self.seed, self.strategy = batch, seed, local_strategy(strategy)
         # Long texts are few: a batch of them that is mostly padding would take as long as all short ones.
         # Replicas and accumulated steps need parts of one size.
         self.trim = bool(read_inputs) and strategy.num_replicas_in_sync == 1 and steps == 1
@@ -179,8 +181,10 @@ class Examples:
         """Where the examples of a table lie among all."""
         return self.place_of[np.searchsorted(self.ids, table["id"].to_numpy())]
 
-    def batches(self, parts: list, table: pa.Table, epoch: int | None = None):
+    def batches(self, parts: list, table: pa.Table, epoch: int | None = None, first: int = 0, shard=(0, 1)):
         """Batches of a table from what is at hand, all in one array or by part; shuffled where an epoch is given.
+
+        first and shard as `first_batch` and `shard` of `pipelines.data.dataset`.
 
         The examples of a batch are of one part even where one array holds all: the same batches with and without cache.
         """
@@ -191,7 +195,8 @@ class Examples:
         else:
             parts = parts * (len(self.starts) - 1)
         more = {} if epoch is None else {"epoch": epoch, "training": True, "seed": self.frozen.seed}
-        return cached_dataset(table, parts, part_of, places, **self.frozen.shape, **more, **self.frozen.batch)
+        more |= {**self.frozen.shape, "first_batch": first, "shard": shard}
+        return cached_dataset(table, parts, part_of, places, **more, **self.frozen.batch)
 
     def raw_batches(self):
         """All examples as the model takes them, in order."""

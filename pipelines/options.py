@@ -132,7 +132,7 @@ class HeadOptions:
     head_learning_rate: float = 1e-3
     """Learning rate of the head in phase 1."""
     head_solver: Literal["auto", "sgd"] = "auto"
-    """auto: logistic regression by L-BFGS where features are cached, on one device: seconds, its L2 penalty chosen on
+    """auto: logistic regression by L-BFGS where features are cached: seconds, its L2 penalty chosen on
     validation; epochs, rate and dropout have no part in it. sgd: the training loop, with --optimizer, always."""
 
 
@@ -226,10 +226,21 @@ class TrainingOptions:
     budget: str = ""
     """Most time for training, such as 90s, 10m or 2h: no deeper phase begins that would likely need more, and one that
     does ends with its epoch (empty: no limit)."""
-    distribute: Literal["none", "mirrored"] = "none"
-    """mirrored: all local GPUs, or --devices."""
+    distribute: Literal["none", "mirrored", "multiworker", "tpu", "auto"] = "none"
+    """mirrored: all local GPUs, or --devices. multiworker: processes on one or many machines, as TF_CONFIG, Slurm or
+    Kubernetes names them. tpu: --tpu. auto: multiworker where the environment names workers, else a TPU, else all
+    local GPUs where there are several, else one device."""
     devices: tuple[str, ...] = ()
     """Devices for mirrored, such as GPU:0 GPU:1 (none named: all local GPUs)."""
+    tpu: str = ""
+    """Name or address of a TPU (empty: the one of this TPU VM)."""
+    scale_batch: Literal["none", "linear"] = "none"
+    """none: --batch-size is over all devices, so that any number of them gives the same figures and rates stay as they
+    are. linear: --batch-size is for each device; the batch and all learning rates grow with their number."""
+    steps_per_call: int = 1
+    """Steps that are one graph: the same figures, and less waiting for Python between them. TPUs want 50 or so."""
+    checkpoint_seconds: float = 60.0
+    """Save where training is so often, and at each epoch's end: `graft resume RUN` goes on from there."""
     seed: int = 0
     """Same seed, same command, same machine: same figures."""
 
@@ -310,6 +321,9 @@ class RunOptions:
 
     out: str = ""
     """Run folder (empty: runs/NAME OF THE DATA, then -2, -3); never overwritten."""
+    resume: bool = False
+    """Go on with the run in --out where there is one, with the flags that it was begun with; else begin it. For
+    schedulers, which start the same command again."""
     config: str = ""
     """YAML file with any of these flags (head_epochs: 8); flags on the command line win."""
     print_config: bool = False

@@ -33,6 +33,18 @@ def score(splits, logits_of, config) -> tuple[dict, dict, np.ndarray | None, dic
     return logits, facts.metrics_of(splits, logits, thresholds, config), thresholds, calibration
 
 
+NOTE = "checkpoints/resume/published.json"  # what was checked of a version that is about to get its number
+
+
+def published_before(folder: pathlib.Path, note: pathlib.Path) -> tuple[pathlib.Path, dict] | None:
+    """The version that a run had published when it was killed, and what was checked of it; None without."""
+    if not note.is_file():
+        return None
+    noted = json.loads(note.read_text())
+    new = sorted({path.name for path in folder.glob("[0-9]*")} - set(noted["before"]), key=int)
+    return (folder / new[0], noted["checked"]) if new else None
+
+
 def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwise=None) -> tuple[pathlib.Path, dict]:
     """Export to RUN/serving/NAME/NUMBER, verified on examples before it gets its number.
 
@@ -48,17 +60,23 @@ def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwis
     from serving.new_version import publish_version
     from serving.verify import VerificationError, verify
 
-    checked = {}
+    folder, note = run_dir / "serving" / runs.serving_name(run_dir), run_dir / NOTE
+    earlier = published_before(folder, note)
+    if earlier:
+        return earlier
+    checked, before = {}, sorted(path.name for path in folder.glob("[0-9]*"))
 
     def write_and_note(folder):
         checked["weights"] = write(folder)["kept_as"]
 
-    def check(folder):
-        checked.update(verify(folder, samples, probabilities))
+    def check(temporary):
+        checked.update(verify(temporary, samples, probabilities))
+        if note.parent.is_dir():  # of a run that can be resumed
+            runs.write_json(note, {"before": before, "checked": checked})
 
     try:
         with console.status("exporting and verifying the SavedModel"):
-            version = publish_version(write_and_note, run_dir / "serving" / runs.serving_name(run_dir), check)
+            version = publish_version(write_and_note, folder, check)
     except VerificationError as error:
         if otherwise is None or checked["weights"] == "variables":
             raise
