@@ -19,6 +19,8 @@ from pipelines.config import parse_config
 from pipelines.options import AudioConfig
 from pipelines.sounds import sound_predictor
 from serving.session import Session
+from tests.embedded_server import running
+from tests.test_page import answers, browser, drop, opened, rows_of  # noqa: F401 (a fixture)
 from tests.tiny_sounds import PITCHES_HZ, tone, write_tones, write_whisper
 
 
@@ -208,3 +210,24 @@ def test_spoken_words_with_whisper(tmp_path):
     simple, segments = (row["accuracy"] for row in metrics["baselines"])
     assert metrics["test"]["accuracy"] >= 0.95
     assert metrics["test"]["accuracy"] >= max(simple + 0.15, segments + 0.04)
+
+
+@pytest.mark.slow
+def test_the_page_plays_and_asks(run_dir, browser, tmp_path):  # noqa: F811
+    """FLAC too: the browser decodes it, and sends WAV."""
+    sound = tone(700, 0.5)
+    soundfile.write(tmp_path / "tone.flac", sound, 16_000)
+    with (
+        running("--model_base_path", run_dir / "serving" / "tones", "--model_name", "photos", name="photos") as (
+            rest,
+            *_,
+        ),
+        opened(browser, rest) as page,
+    ):
+        assert page.locator(".drop u").inner_text() == "Choose a sound"
+        drop(page, "tone.wav", wav_bytes(sound, 16_000))
+        answers(page)
+        drop(page, "tone.flac", (tmp_path / "tone.flac").read_bytes())
+        newest, oldest = answers(page, 2)
+        assert rows_of(newest)[0][0] == rows_of(oldest)[0][0] and len(rows_of(newest)) == 3
+        assert page.locator("article audio").count() == 2
