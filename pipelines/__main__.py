@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from models import GraftError
-from pipelines.stopping import EXIT_CODE, stop_signals
+from pipelines.stopping import EXIT_CODE, exit_code, stop_signals
 
 COMMANDS = {  # word: (module, function, what it does)
     "image": ("pipelines.image", "main", "fine-tune an image model on your pictures and export it"),
@@ -62,10 +62,10 @@ def guarded(command, argv: list[str]) -> int:
             return command(argv)
     except GraftError as error:
         print(f"graft: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code(error.exit_code)
     except KeyboardInterrupt:
         print("graft: stopped.", file=sys.stderr)
-        return EXIT_CODE
+        return exit_code(EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     from pipelines.baselines import tfidf_baseline
     from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.contract import trained_text_contract
-    from pipelines.distribute import from_chief, is_chief, leave, make_strategy, shard_of
+    from pipelines.distribute import from_chief, is_chief, is_tpu, leave, make_strategy, shard_of
     from pipelines.evaluate import check_positive
     from pipelines.label_checks import class_warnings, examiner
     from pipelines.leakage import check_copies
@@ -68,6 +68,8 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     with strategy.scope():
         model = build_model(config, splits.class_names, splits.multi_label)
     preprocess = model.backbone.preprocess
+    if preprocess is None and is_tpu(strategy):
+        raise GraftError(f"{model.backbone.name} takes strings, which a TPU cannot. Give a model that takes tokens.")
     splits.warnings += truncation_warning(splits, preprocess)
     check_copies(splits, config.guards.strict, "text")
     splits.warnings += class_warnings(splits, "text")
@@ -75,7 +77,7 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     clock.lap("backbone")
 
     def read_inputs(table):
-        return token_parts(table, preprocess)
+        return token_parts(table, preprocess, one_length=is_tpu(strategy))
 
     # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
     examined, examine = examiner(splits, config)

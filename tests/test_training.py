@@ -161,6 +161,24 @@ def test_averaged_weights_are_those_that_are_validated_and_kept(splits, mirrored
     assert validation_loss(model, splits) == pytest.approx(phases[1]["val_loss"], abs=1e-5)
 
 
+@pytest.mark.slow
+def test_several_steps_in_one_graph_give_the_figures_of_single_steps(splits):
+    options = {"dropout": 0.3, "backbone_dropout": 0.3, "head_epochs": 2, "fine_tune_epochs": 2, "ema": 0.9}
+    model, single = train(splits, **options)
+    other, several = train(splits, steps_per_call=3, **options)  # of 4: the last call of an epoch has one
+    np.testing.assert_allclose(losses(several), losses(single), rtol=1e-6)
+    for one, two in zip(model.weights, other.weights):
+        np.testing.assert_allclose(one.numpy(), two.numpy(), atol=1e-6)
+
+
+def test_rates_and_batch_grow_with_the_devices_where_that_is_asked_for():
+    config = make_config(scale_batch="linear")
+    grown = training.scaled(config, 4)
+    assert (grown.training.batch_size, grown.head.head_learning_rate) == (32, 0.2)
+    assert (config.training.batch_size, config.head.head_learning_rate) == (8, 0.05)
+    assert training.scaled(make_config(), 4).training.batch_size == 8
+
+
 def test_phases_move_what_they_should_and_nothing_else(splits):
     _, (head, fine_tune) = train(splits)
     assert head["weights"] == {"frozen": 18, "trainable": 2, "still": 0}
