@@ -18,6 +18,7 @@ INPUTS = {  # inputs of serving_default -> what an export of Graft's says of its
     ("image_bytes",): {},
     ("text",): {"pairs": False},
     ("text_a", "text_b"): {"pairs": True},
+    ("audio_bytes",): {"kind": "audio"},
 }
 
 
@@ -29,7 +30,7 @@ class AskConfig:
     """http://HOST:8501/v1/models/NAME (REST) or grpc://HOST:8500/NAME, where wanted with /versions/3 or /labels/stable
     after it."""
     inputs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Of an image model: image files, folders of images, or one CSV file with a column `path`. Of a text model: .txt
+    """Of an image or audio model: files, folders of them, or one CSV file with a column `path`. Of a text model: .txt
     files, or one CSV file with a column `text`."""
     text: tuple[str, ...] = ()
     """Texts to label, of a text model: --text "How do I sort a list?" """
@@ -70,7 +71,7 @@ def ask_server(argv: list[str]) -> int:
 
 
 def inputs_of(model, where: str) -> dict:
-    """What a Session or a Client takes, in the words of an export: {} for images, {"pairs": ...} for texts.
+    """What a Session or a Client takes, as an export says it: {} for images, {"pairs": ...} for texts, kind for sounds.
 
     Raises:
         GraftError: its serving_default takes something else, or does not answer with labels.
@@ -82,7 +83,7 @@ def inputs_of(model, where: str) -> dict:
         raise GraftError(
             f"{where}: its serving_default takes {', '.join(names) or 'nothing'} and gives "
             f"{', '.join(sorted(signature['outputs'])) or 'nothing'}; expected a classifier that Graft exported "
-            f"(image_bytes or text in; labels, scores, probabilities and error out)."
+            f"(image_bytes, audio_bytes or text in; labels, scores, probabilities and error out)."
         )
     return INPUTS[names]
 

@@ -10,6 +10,8 @@ import csv
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import rich.table
 
@@ -19,6 +21,7 @@ from pipelines.batch_options import JobOptions, ModelInputs, parse
 from pipelines.batch_texts import input_names, shortened, text_rows, texts_reader
 from pipelines.console import console, progress_bar
 from pipelines.options import flat
+from pipelines.sounds import SOUND_SUFFIXES, wav_of
 from pipelines.sources import IMAGE_SUFFIXES
 
 BATCH = 32  # examples per call of the model
@@ -83,20 +86,52 @@ def what_to_ask(config, details: dict) -> tuple[list[dict], object, str]:
         rows = text_rows(config.inputs, config.text, columns, csv_rows)
         return rows, texts_reader(input_names(details), [[row[name] for row in rows] for name in columns]), columns[0]
     if config.text:
-        raise GraftError("--text: this model takes images. Give image files, a folder, or a CSV file.")
-    rows = input_rows(config.inputs)
-    return rows, files_reader([row.pop(READ_FROM) for row in rows]), "path"
+        raise GraftError(f"--text: this model takes {files_kind(details).noun}s. Give files, a folder, or a CSV file.")
+    rows = input_rows(config.inputs, details)
+    return rows, files_reader([row.pop(READ_FROM) for row in rows], details), "path"
 
 
 READ_FROM = object()  # key, in an input row, of the path to read; never a column
 
 
-def input_rows(inputs: tuple[str, ...]) -> list[dict]:
+class FilesKind(NamedTuple):
+    """Files of a kind that models take."""
+
+    noun: str
+    input: str  # of serving_default
+    suffixes: frozenset[str]
+    prepare: Callable[[bytes], bytes]  # bytes of a file -> what the model is sent
+
+
+def files_kind(details: dict) -> FilesKind:
+    """What files a model takes; `details` as the export says of itself."""
+    return FILE_KINDS["audio_bytes" if details.get("kind") == "audio" else "image_bytes"]
+
+
+def as_it_is(data: bytes) -> bytes:
+    return data
+
+
+def sent_sound(data: bytes) -> bytes:
+    """WAV that the served model reads as it is; FLAC, OGG, MP3, ADPCM in WAV and so on as such WAV."""
+    codec = int.from_bytes(data[data.find(b"fmt ") + 8 :][:2], "little")
+    plain = data[:4] in (b"RIFF", b"RF64") and codec in (1, 3, 0xFFFE)  # PCM, float, either with a longer header
+    return data if plain or not data else wav_of(data)
+
+
+FILE_KINDS = {  # by the input of serving_default
+    "image_bytes": FilesKind("image", "image_bytes", IMAGE_SUFFIXES, as_it_is),
+    "audio_bytes": FilesKind("clip", "audio_bytes", SOUND_SUFFIXES, sent_sound),
+}
+
+
+def input_rows(inputs: tuple[str, ...], details: dict) -> list[dict]:
     """What the command line names -> rows with the column path, and those of a CSV file.
 
     Raises:
         GraftError: nothing named, a file that does not exist, no images in a folder, a CSV without `path`.
     """
+    kind = files_kind(details)
     if len(inputs) == 1 and inputs[0].lower().endswith(".csv"):
         path = pathlib.Path(inputs[0])
         return [{**row, READ_FROM: path.parent / row["path"]} for row in csv_rows(path, ["path"])]
@@ -104,16 +139,16 @@ def input_rows(inputs: tuple[str, ...]) -> list[dict]:
     for name in inputs:
         path = pathlib.Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in kind.suffixes and p.is_file())
             if not found:
-                raise GraftError(f"{name}: no images in this folder.")
+                raise GraftError(f"{name}: no {kind.noun}s in this folder.")
             paths += found
         elif path.is_file():
             paths.append(path)
         else:
             raise GraftError(f"{name}: there is no such file or folder.")
     if not paths:
-        raise GraftError("Nothing to label: give image files, a folder, or a CSV file with a column `path`.")
+        raise GraftError(f"Nothing to label: give {kind.noun} files, a folder, or a CSV file with a column `path`.")
     return [{"path": str(path), READ_FROM: path} for path in paths]
 
 
@@ -133,12 +168,14 @@ def csv_rows(path: pathlib.Path, columns: list[str]) -> list[dict]:
     return rows
 
 
-def files_reader(paths: list[pathlib.Path]):
-    """A function: (start, stop) -> what an image model is asked, and why a file could not be read, "" where it was."""
+def files_reader(paths: list[pathlib.Path], details: dict):
+    """A function: (start, stop) -> what a model of files is asked, and why a file could not be read ("" if it was)."""
+
+    kind = files_kind(details)
 
     def read(start: int, stop: int):
         batch = [read_bytes(path) for path in paths[start:stop]]
-        return {"image_bytes": [data for data, _ in batch]}, [error for _, error in batch]
+        return {kind.input: [kind.prepare(data) for data, _ in batch]}, [error for _, error in batch]
 
     return read
 

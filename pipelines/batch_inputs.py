@@ -1,7 +1,7 @@
 """What a batch job is asked: the rows of a folder, a manifest, TFRecords or a TFDS set, and the reading of one row.
 
-A row names its input and holds no image: {"id", "error"} and {"path"} of a file, {"path", "place", "length"} of a
-record, or the model's texts. Rows with an error cannot be read, and are listed all the same.
+A row names its input and holds no image or sound: {"id", "error"} and {"path"} of a file, {"path", "place", "length"}
+of a record, or the model's texts. Rows with an error cannot be read, and are listed all the same.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import re
 from collections.abc import Iterator
 
 from models import GraftError
-from pipelines.batch import read_bytes
+from pipelines.batch import FILE_KINDS, read_bytes
 from pipelines.manifests import SUFFIXES, column_text, open_table
-from pipelines.sources import IMAGE_SUFFIXES
 from pipelines.tfds import PREFIX, VERSION, find_prepared
 from pipelines.tfrecords import features_of, index_records, read_record
 
-IMAGE_FEATURES = ("image_bytes", "image/encoded", "image")  # TF Serving's own name, tf.Example's convention, TFDS's
+FILE_FEATURES = {  # the served model's own name, tf.Example's convention, TFDS's
+    "image_bytes": ("image_bytes", "image/encoded", "image"),
+    "audio_bytes": ("audio_bytes", "audio/encoded", "audio"),
+}
 
 
 def job_rows(options, names: tuple[str, ...], text_columns: tuple[str, ...]) -> Iterator[dict]:
@@ -26,14 +28,14 @@ def job_rows(options, names: tuple[str, ...], text_columns: tuple[str, ...]) -> 
 
     Args:
         options: pipelines.batch_options.JobOptions.
-        names: the inputs of the model: image_bytes, text, or text_a and text_b.
+        names: the inputs of the model: image_bytes, audio_bytes, text, or text_a and text_b.
         text_columns: what a table or record calls the texts.
 
     Raises:
         GraftError: nothing there, or of a kind that the model does not take; a table without the column.
     """
     given = options.input
-    of_images = names == ("image_bytes",)
+    files = FILE_KINDS.get(names[0])
     path = pathlib.Path(given)
     if given.startswith(PREFIX):
         return record_rows(given, tfds_files(given, options.data_dir), features_asked(options, names, text_columns))
@@ -43,11 +45,11 @@ def job_rows(options, names: tuple[str, ...], text_columns: tuple[str, ...]) -> 
         records = sorted(file for file in path.iterdir() if ".tfrecord" in file.name and file.is_file())
         if records:
             return record_rows(given, records, features_asked(options, names, text_columns))
-        return folder_rows(path, IMAGE_SUFFIXES if of_images else {".txt"}, len(names))
+        return folder_rows(path, files.suffixes if files else {".txt"}, len(names))
     if not path.is_file():
         raise GraftError(f"--input {given}: there is no such file or folder.")
     if path.suffix.lower() in SUFFIXES:
-        return path_rows(path, options.path_column) if of_images else text_rows(path, names, text_columns)
+        return path_rows(path, options.path_column) if files else text_rows(path, names, text_columns)
     if ".tfrecord" in path.name:
         return record_rows(given, [path], features_asked(options, names, text_columns))
     raise GraftError(
@@ -58,8 +60,8 @@ def job_rows(options, names: tuple[str, ...], text_columns: tuple[str, ...]) -> 
 
 def features_asked(options, names, text_columns) -> list[tuple[str, ...]]:
     """For each input of the model, the features of a record that may hold it; the first one that is there counts."""
-    if names == ("image_bytes",):
-        return [(options.image_feature,) if options.image_feature else IMAGE_FEATURES]
+    if names[0] in FILE_FEATURES:
+        return [(options.file_feature,) if options.file_feature else FILE_FEATURES[names[0]]]
     return [(column,) for column in text_columns]
 
 
@@ -163,7 +165,7 @@ def rows_reader(rows: list[dict], names: tuple[str, ...], features: list[tuple[s
 
 def read_row(row: dict, names, features) -> tuple[list[bytes], str]:
     """The values of a row by input, and why it has none, "" where it has."""
-    of_texts, error = names != ("image_bytes",), row["error"]
+    files, error = FILE_KINDS.get(names[0]), row["error"]
     values = [b""] * len(names)
     if error:
         return values, error
@@ -171,12 +173,14 @@ def read_row(row: dict, names, features) -> tuple[list[bytes], str]:
         values, error = read_values(row, features)
     elif "path" in row:
         data, error = read_bytes(pathlib.Path(row["path"]))
-        if of_texts and not error:
+        if not files and not error:
             data, error = decoded(data)
         values = [data]
     else:
         values = [row[name].encode("utf-8", "surrogatepass") for name in names]
-    if of_texts and not error:
+    if files and not error:
+        values = [files.prepare(data) for data in values]
+    elif not error:
         empty = [name for name, value in zip(names, values) if not value.strip()]
         error = "" if not empty else "the text is empty" if len(names) == 1 else f"{' and '.join(empty)}: empty"
     return (values, "") if not error else ([b""] * len(names), error)

@@ -28,7 +28,7 @@ from pyarrow import parquet
 
 from models import GraftError
 from pipelines import runs
-from pipelines.batch import BATCH, answers_in, label_of, read_details
+from pipelines.batch import BATCH, answers_in, files_kind, label_of, read_details
 from pipelines.batch_inputs import features_asked, job_rows, rows_reader
 from pipelines.batch_texts import input_names
 from pipelines.console import console, progress_bar
@@ -67,7 +67,7 @@ def run_job(config, version: pathlib.Path, signature: str, beam_flags: list[str]
         from pipelines.beam_runner import check_beam
 
         check_beam(options.runner, beam_flags)
-    names = input_names(details) if "pairs" in details else ("image_bytes",)
+    names = input_names(details) if "pairs" in details else (files_kind(details).input,)
     text_columns = (config.text_column, config.second_column)[: len(names)]
     job = Job(
         os.path.abspath(version),

@@ -17,7 +17,7 @@ class ModelInputs:
     run: tyro.conf.Positional[str]
     """Run folder, or the folder of an exported version."""
     inputs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Of an image model: image files, folders of images, or one CSV file with a column `path`. Of a text model: .txt
+    """Of an image or audio model: files, folders of them, or one CSV file with a column `path`. Of a text model: .txt
     files, or one CSV file with a column `text`. The columns of a CSV file are kept."""
     text: tuple[str, ...] = ()
     """Texts to ask of a text model: --text "How do I sort a list?" """
@@ -43,8 +43,9 @@ class JobOptions:
     """Inputs per shard, which is done whole or not at all."""
     path_column: str = "path"
     """Column of a manifest with the files, absolute or relative to the manifest's folder."""
-    image_feature: str = ""
-    """Feature of TFRecords with the encoded image (empty: image_bytes, image/encoded or image, whichever is there)."""
+    file_feature: str = ""
+    """Feature of TFRecords with the encoded image or sound (empty: image_bytes, image/encoded or image, whichever is
+    there; of sounds likewise)."""
     data_dir: str = ""
     """Folder of prepared TFDS sets, for tfds:NAME (empty: TFDS's own)."""
     runner: str = ""

@@ -75,9 +75,9 @@ class Clock:
     def start(self) -> None:
         self.started = time.perf_counter()
 
-    def stop(self) -> float:
-        """The seconds since the last start, which the budget now lacks."""
-        seconds = time.perf_counter() - self.started
+    def stop(self, more: float = 0.0) -> float:
+        """The seconds since the last start, which the budget now lacks; more: what earlier processes took besides."""
+        seconds = time.perf_counter() - self.started + more
         self.left -= seconds
         return seconds
 

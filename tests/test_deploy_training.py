@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import os
 import pathlib
 import re
@@ -14,7 +12,10 @@ import sys
 import kubernetes_validate
 import pytest
 import yaml
+from packaging.requirements import Requirement
 
+from pipelines.cluster import tf_config_from
+from pipelines.installed import requirements
 from tests.test_deploy import bytes_of
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -22,9 +23,6 @@ DEPLOY = ROOT / "pipelines" / "deploy"
 BIN = pathlib.Path(sys.executable).parent
 SBATCH = DEPLOY / "slurm" / "train.sbatch"
 EXIT_CODES = {0, 1, 2, 3, 4, 75}  # README's
-needs_workers = pytest.mark.skipif(
-    importlib.util.find_spec("pipelines.cluster") is None, reason="training on several machines is not there yet"
-)
 
 
 def manifests(name: str = "photos") -> dict:
@@ -45,11 +43,6 @@ def job() -> dict:
 def container(job) -> dict:
     (container,) = job["spec"]["template"]["spec"]["containers"]
     return container
-
-
-def cluster_of(environment: dict) -> dict:
-    """TF_CONFIG as the workers make it of their environment."""
-    return importlib.import_module("pipelines.cluster").tf_config_from(environment)
 
 
 # ---- Kubernetes
@@ -123,12 +116,11 @@ def test_workers_are_the_pods_of_the_job(name):
     assert environment["GRAFT_CACHE"].startswith("/runs/")
 
 
-@needs_workers
 def test_kubernetes_environment_gives_tf_config(container):
     environment = {entry["name"]: entry["value"] for entry in container["env"]}
     hosts = environment["WORKER_HOSTS"].split(",")
     for index in range(2):
-        made = cluster_of({**environment, "JOB_COMPLETION_INDEX": str(index)})
+        made = tf_config_from({**environment, "JOB_COMPLETION_INDEX": str(index)})
         assert made == {"cluster": {"worker": hosts}, "task": {"type": "worker", "index": index}}
 
 
@@ -136,7 +128,6 @@ def flags_of(words: list[str]) -> set[str]:
     return {word.partition("=")[0] for word in words if word.startswith("--")}
 
 
-@needs_workers
 def test_flags_exist(container):
     script = SBATCH.read_text()
     tpu = (DEPLOY / "tpu-vm.md").read_text()
@@ -194,10 +185,9 @@ def test_slurm_gives_up_after_many_restarts(tmp_path):
     assert len(slurm(tmp_path, 75, SLURM_RESTART_COUNT="19")[1]) == 2
 
 
-@needs_workers
 def test_slurm_environment_gives_tf_config():
     environment = {"SLURM_JOB_NODELIST": "gpu[07-08]", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
-    made = cluster_of({**environment, "SLURM_TASKS_PER_NODE": "1(x2)"})
+    made = tf_config_from({**environment, "SLURM_TASKS_PER_NODE": "1(x2)"})
     hosts = [host.rpartition(":")[0] for host in made["cluster"]["worker"]]
     assert hosts == ["gpu07", "gpu08"] and made["task"] == {"type": "worker", "index": 1}
 
@@ -231,10 +221,6 @@ def pins(name: str) -> dict[str, str]:
 @pytest.mark.parametrize("name", ["constraints.txt", "constraints-beam.txt", "constraints-tpu.txt"])
 def test_constraints_hold_what_graft_asks_for(name):
     """Every package of setup.cfg, in a version that it allows; but TensorFlow's own on TPUs, which stop at 2.20."""
-    from packaging.requirements import Requirement
-
-    from pipelines.installed import requirements
-
     there = {key.replace("_", "-"): version for key, version in pins(name).items()}
     needed, extras = requirements()
     for line in needed + (extras["beam"] if "beam" in name else []):
