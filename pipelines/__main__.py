@@ -23,6 +23,7 @@ COMMANDS = {  # word: (module, function, what it does)
     "versions": ("pipelines.publish", "print_versions", "list the published versions of a model"),
     "ask": ("pipelines.ask", "ask_server", "label files or texts with a served model"),
     "compare": ("pipelines.compare", "compare", "which answers change from one version of a model to the next"),
+    "doctor": ("pipelines.doctor", "doctor", "what this machine has, and what to change"),
     "export": ("pipelines.export", "export_run", "export a run again, or what a stopped run had learned"),
 }
 

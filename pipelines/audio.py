@@ -21,6 +21,7 @@ from pipelines import facts, resume, runs
 from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
+from pipelines.devices import settle
 from pipelines.options import AudioConfig
 from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
 from pipelines.sounds import check_window, find_sounds, load_sounds, long_clips_warning, sound_parts, sound_predictor
@@ -47,6 +48,7 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     found, run_dir = check_request(config, resumed)  # needs no TensorFlow: a mistake answers at once
     console.print(f"Data: {len(found):,} clips in {config.input.data}")
     start_tensorflow(config.training.seed)
+    settle(config.training)
     from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.contract import trained_sound_contract
     from pipelines.distribute import from_chief, is_chief, leave, make_strategy, shard_of

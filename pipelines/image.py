@@ -23,6 +23,7 @@ from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
 from pipelines.data import image_loader, load_images
+from pipelines.devices import settle
 from pipelines.options import ImageConfig
 from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
 from pipelines.sources import drop_small_classes, find_images, is_multi_label
@@ -48,6 +49,7 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     found, run_dir = check_request(config, resumed)  # needs no TensorFlow: a mistake answers at once
     console.print(f"Data: {len(found):,} images in {config.input.data}")
     start_tensorflow(config.training.seed)
+    settle(config.training)
     from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.contract import trained_image_contract
     from pipelines.distribute import from_chief, is_chief, leave, local_strategy, make_strategy, shard_of

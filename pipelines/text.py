@@ -21,6 +21,7 @@ from pipelines import facts, resume, runs
 from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
+from pipelines.devices import settle
 from pipelines.options import TextConfig
 from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
 from pipelines.sources import drop_small_classes, is_multi_label
@@ -47,6 +48,7 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     found, run_dir = check_request(config, resumed)  # needs no TensorFlow: a mistake answers at once
     console.print(f"Data: {len(found):,} texts in {config.input.data}")
     start_tensorflow(config.training.seed)
+    settle(config.training)
     from pipelines.baselines import tfidf_baseline
     from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.contract import trained_text_contract
