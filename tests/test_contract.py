@@ -69,6 +69,34 @@ def test_minilm_was_trained_without_case():
     ]
 
 
+def test_sounds_reach_the_encoder_alike_and_a_wrong_sample_rate_is_named(tmp_path):
+    import tensorflow as tf
+
+    from models.backbone import AudioPreprocess
+    from models.sound_windows import read_windows_of_many
+    from pipelines.contract import trained_sound_contract
+    from serving.contract import sound_contract, sound_probe
+
+    def served(preprocess):
+        (windows, masks), _, _ = read_windows_of_many(tf.constant([sound_probe()]), preprocess)
+        return sound_contract(windows[0], masks[0], 16_000)  # what the encoder takes them for
+
+    preprocess = AudioPreprocess()
+    trained = trained_sound_contract(preprocess)
+    assert differences(trained, served(preprocess)) == []
+    assert trained["samples"] == 3200 and trained["pitch_hz"] == pytest.approx(500, abs=10)
+    assert trained["level"] == pytest.approx([0.375 / 2**0.5], rel=0.01)  # the mean of 0.5 and 0.25
+    wrong = differences(trained, served(dataclasses.replace(preprocess, sample_rate_hz=8_000)))
+    assert any("samples of the probe" in line and "3200 in training, 1600 when served" in line for line in wrong)
+    assert any(line.startswith("pitch of the probe") for line in wrong)
+    file = tmp_path / DETAILS_FILE
+    file.parent.mkdir()
+    loud = served(dataclasses.replace(preprocess, normalise=True))
+    file.write_text(json.dumps({"input_contract": loud}))
+    with pytest.raises(CheckFailed, match="loudness of the probe"):
+        check_contract(tmp_path, trained)
+
+
 def test_a_swapped_channel_order_at_serving_is_named(tmp_path):
     preprocess = load_backbone("efficientnet_lite0").preprocess
     trained = served_image(preprocess)
