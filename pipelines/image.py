@@ -48,7 +48,7 @@ def run(config: ImageConfig) -> pathlib.Path:
     from pipelines.leakage import check_copies
     from pipelines.prediction import predictor
     from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer
+    from pipelines.transfer import judge_transfer, probe_verdict
 
     strategy = make_strategy(config.training.distribute, config.training.devices)
     splits = load_images(found, config.input.min_per_class)
@@ -65,8 +65,15 @@ def run(config: ImageConfig) -> pathlib.Path:
     def loader(augmentation, random_erasing=0.0):
         return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing, splits.plain)
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
+    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
     examined, examine = examiner(splits, config)
+    probed = {}
+
+    def examine_features(features):
+        examine(features)
+        probed.update(probe_verdict(model, splits, loader, config))
+        return probed["verdict"] == "hurts"
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -86,7 +93,7 @@ def run(config: ImageConfig) -> pathlib.Path:
             on_start=print_trainable_table,
             on_best=lambda name, model: runs.save_checkpoint(model, run_dir, name),
             on_end=test_phase,
-            on_features=examine,
+            on_features=examine_features,
         )
         clock.lap("training")
 
@@ -94,8 +101,8 @@ def run(config: ImageConfig) -> pathlib.Path:
         scored = score(splits, logits_of, config)
         clock.lap("evaluation")
 
-        # Whether what was pretrained was of use here at all.
-        transfer = judge_transfer(model, splits, loader, config, scored[0]["test"])
+        # The verdict on transfer, with what became of it.
+        transfer = judge_transfer(model, splits, loader, config, scored[0]["test"], probed=probed)
         clock.lap("transfer verdict")
 
         # A version for TensorFlow Serving, verified before it gets its number.

@@ -48,7 +48,7 @@ def run(config: TextConfig) -> pathlib.Path:
     from pipelines.leakage import check_copies
     from pipelines.tokens import text_predictor, token_parts, truncation_warning
     from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer
+    from pipelines.transfer import judge_transfer, probe_verdict
 
     strategy = make_strategy(config.training.distribute, config.training.devices)
     splits = load_texts(found, config.input.min_per_class)
@@ -67,8 +67,15 @@ def run(config: TextConfig) -> pathlib.Path:
     def read_inputs(table):
         return token_parts(table, preprocess)
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
+    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
     examined, examine = examiner(splits, config)
+    probed = {}
+
+    def examine_features(features):
+        examine(features)
+        probed.update(probe_verdict(model, splits, None, config, read_inputs))
+        return probed["verdict"] == "hurts"
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -88,7 +95,7 @@ def run(config: TextConfig) -> pathlib.Path:
             on_start=print_trainable_table,
             on_best=lambda name, model: runs.save_checkpoint(model, run_dir, name),
             on_end=test_phase,
-            on_features=examine,
+            on_features=examine_features,
             read_inputs=read_inputs,
         )
         clock.lap("training")
@@ -98,8 +105,9 @@ def run(config: TextConfig) -> pathlib.Path:
         baseline = tfidf_baseline(splits, config.training.seed)
         clock.lap("evaluation")
 
-        # Whether what was pretrained was of use here at all.
-        transfer = judge_transfer(model, splits, None, config, scored[0]["test"], read_inputs, baseline["accuracy"])
+        # The verdict on transfer, with what became of it.
+        judged = model, splits, None, config, scored[0]["test"], read_inputs, baseline["accuracy"]
+        transfer = judge_transfer(*judged, probed=probed)
         clock.lap("transfer verdict")
 
         # A version for TensorFlow Serving, verified before it gets its number.

@@ -33,7 +33,7 @@ RAW_TEST = {"accuracy": 0.965, "model_accuracy": 0.985, "points": 2.0, "interval
 
 
 def test_what_is_said():
-    assert result("helps")["sentence"] == "Transfer helps: +55.3 points over raw pixels."
+    assert result("helps")["sentence"] == "Transfer helps: +55.3 points (+53.3 to +57.3) over raw pixels."
     same = result("no_difference")["sentence"]
     assert same == "Transfer makes no measurable difference: +0.6 points, -1.4 to +2.6, against raw pixels."
     said = result(raw_test=RAW_TEST)["sentence"]
