@@ -287,7 +287,7 @@ def fit_two_phase(
         read_inputs: of data without a loader: examples -> a list of (rows, arrays [n, ...] that the model takes),
             each a part of the examples of one length.
         on_features: (function of a table -> pooled pretrained features), once phase 1 has them; not without a cache.
-            Where it gives True, the features have to change a lot: `ladder.far_settings` are those of a full phase.
+            Where it gives True, the features have to change a lot: a full phase learns faster (`ladder.deeper_rate`).
         on_end: (phase dict of `fit_phase`, function of a table -> logits), after each phase; it may add to the dict.
 
     Returns:
@@ -339,9 +339,9 @@ def fit_two_phase(
     start = None
     while phases[-1]["climb"]["went_on"]:
         name, blocks = rungs[len(phases)]
-        rate, epochs = ladder.far_settings(config.fine_tune, bool(best.get("far")) and blocks is None)
+        rate = ladder.deeper_rate(config.fine_tune, bool(best.get("far")) and blocks is None)
         if rate != config.fine_tune.fine_tune_learning_rate:
-            console.print(f"[yellow]{ladder.FAR}")
+            console.print(ladder.FAR)
         freezing.unfreeze_top(model, blocks or total, config.model.train_batch_norm)
         if start is None:
             weights = freezing.moving_weights(model) if len(rungs) > 2 else model.head.weights
