@@ -291,6 +291,7 @@ def fit_two_phase(
         read_inputs: of data without a loader: examples -> a list of (rows, arrays [n, ...] that the model takes),
             each a part of the examples of one length.
         on_features: (function of a table -> pooled pretrained features), once phase 1 has them; not without a cache.
+            Where it gives True, the features have to change a lot: a full phase learns faster (`ladder.deeper_rate`).
         recovery: what an earlier process of this run has saved; phases that have ended are not trained again.
         on_end: (phase dict of `fit_phase`, function of a table -> logits), after each phase; it may add to the dict.
 
@@ -339,8 +340,9 @@ def fit_two_phase(
         phase["climb"] |= {"went_on": went_on, "because": because}
         if on_end:
             on_end(phase, best["logits_of"])
-        if on_features and name == "head" and feed.features:
-            on_features(feed.features)
+        if name == "head":
+            far = on_features(feed.features) if on_features and feed.features else False
+            best["far"] = bool(*chief_says(strategy, [bool(far)]))
         if depth == "auto" or (not went_on and len(phases) < len(rungs)):
             console.print(f"  {'Going on' if went_on else 'No further'}: {because}.\n")
         clock.start()
@@ -352,9 +354,12 @@ def fit_two_phase(
     run_phase("head", feed, rate, fit)
     simplest = phases[0].pop("simplest", None)
 
-    rate, start = config.fine_tune.fine_tune_learning_rate, None
+    start = None
     while phases[-1]["climb"]["went_on"]:
         name, blocks = rungs[len(phases)]
+        rate = ladder.deeper_rate(config.fine_tune, best["far"] and blocks is None)
+        if rate != config.fine_tune.fine_tune_learning_rate:
+            console.print(ladder.FAR)
         freezing.unfreeze_top(model, blocks or thawable, config.model.train_batch_norm)
         if start is None:
             weights = freezing.moving_weights(model) if len(rungs) > 2 else model.head.weights
