@@ -10,6 +10,7 @@ import keras
 
 from models import hubs, offline
 from models.applications import load_application
+from models.audio_families import audio_family_of
 from models.layouts import folder_layout, read_config
 from models.names import RANDOM, check_backbone_name
 from models.text_families import family_of
@@ -61,6 +62,7 @@ class AudioPreprocess:
     sample_rate_hz: int = 16_000
     window_seconds: float = 2.0
     normalise: bool = False  # as Wav2Vec2FeatureExtractor with do_normalize
+    longest_seconds: float | None = None  # what lies behind in a window is not heard (Whisper: 30); None: no limit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,7 @@ class Backbone:
     blocks: list[Block]  # bottom to top; block 0 holds the stem, the last one what follows the last unit
     feature_size: int  # width of the pooled features
     pooling: str = "average"  # a key of POOLINGS: how features become one vector per example
+    frozen_front: int = 0  # bottom blocks that stay frozen even under --depth full (the convolutions of Wav2Vec2)
     source_head: tuple | None = None  # the original classifier: (kernel [feature_size, n], bias [n])
     source: dict = dataclasses.field(default_factory=dict)  # package, version, file, sha256, licence, url
 
@@ -124,16 +127,17 @@ def check_blocks(name: str, encoder: keras.Model, blocks: list[Block]) -> None:
 
 
 def load_backbone(name: str, pooling: str | None = None) -> Backbone:
-    """Load a pretrained backbone, of images or of text.
+    """Load a pretrained backbone, of images, of text or of sound.
 
     Args:
         name: an offline name (`efficientnet_lite0`); a built-in name of KerasHub (`resnet_50_imagenet`);
             `hf://user/model` or `hf://user/model@revision`; `kaggle://user/model/keras/variation`;
             `applications:ResNet50V2` or `applications:ResNet50V2:FILE`; `tfhub:URL` or `tfhub:FOLDER`;
-            a folder that holds a KerasHub preset, or a Hugging Face or timm model; or `random:` and one of these, for
-            random weights.
+            a folder that holds a KerasHub preset, a Hugging Face or timm model, or a CTranslate2 Whisper; or `random:`
+            and one of these, for random weights.
         pooling: of a text model: "mean" (over real tokens), "cls" (the first one) or "last" (the last real one);
-            None: as the model's own files say, else its family's. Other models have one pooling.
+            None: as the model's own files say, else its family's. Of a model of sound: "mean" (None too, over a clip's
+            own frames) or "frames" (a vector each). Other models have one pooling.
 
     Raises:
         GraftError: nothing by that name; says what was looked for and which offline names exist. A pooling that
@@ -160,8 +164,18 @@ def load_backbone(name: str, pooling: str | None = None) -> Backbone:
         folder = offline.fetch(name)
     else:
         folder = pathlib.Path(name) if is_folder else hubs.fetch_hub(name)
-    if family_of(read_config(folder)):
-        from models.text import load_text_folder  # keras_hub takes seconds to import
+    config = read_config(folder)
+    audio_family = audio_family_of(config, folder_layout(folder))
+    if audio_family == "whisper":
+        from models.whisper import load_whisper_folder  # keras_hub takes seconds to import
+
+        backbone = load_whisper_folder(folder, pooling)
+    elif audio_family:
+        from models.wav2vec2 import load_wav2vec2_folder
+
+        backbone = load_wav2vec2_folder(folder, pooling)
+    elif family_of(config):
+        from models.text import load_text_folder
 
         backbone = load_text_folder(folder, pooling)
     elif folder_layout(folder) == "kerashub":

@@ -38,11 +38,16 @@ class Classifier(keras.Model):
         """Scaled input -> pooled features [batch, feature_size] float32.
 
         `encoder` may be what is left of the backbone above a cut (`models.split`); then `inputs` are the
-        tensors that cross it.
+        tensors that cross it. Where examples are several windows, [batch, windows, ...], the features of these are
+        averaged, which for a linear head is to average their logits.
         """
         encoder = encoder or self.encoder
-        features = run_encoder(encoder, inputs, training)
-        return self.backbone.pooled(keras.ops.cast(features, "float32"))
+        windows = has_windows(encoder, inputs)
+        features = (run_on_windows if windows else run_encoder)(encoder, inputs, training)
+        if not windows:
+            return self.backbone.pooled(keras.ops.cast(features, "float32"))
+        # A backbone of sounds pools for itself: one vector per window.
+        return keras.ops.mean(keras.ops.cast(features, "float32"), axis=1)
 
     def logits(self, features, training=False):
         """Pooled features -> logits [batch, classes] float32."""
@@ -55,6 +60,24 @@ class Classifier(keras.Model):
     def blocks(self):
         """The backbone's blocks, bottom to top; the head is not among them."""
         return self.backbone.blocks
+
+
+def has_windows(encoder: keras.Model, inputs) -> bool:
+    """Whether inputs have an axis more than an encoder takes: the windows of each example, [batch, windows, ...]."""
+    first = inputs[0] if isinstance(inputs, (list, tuple)) else inputs
+    return len(first.shape) > len(encoder.inputs[0].shape)
+
+
+def run_on_windows(encoder: keras.Model, inputs, training: bool):
+    """As `run_encoder`, each window for itself: tensors [batch, windows, ...] in and out."""
+    inputs = list(inputs) if isinstance(inputs, (list, tuple)) else [inputs]
+    ops = keras.ops
+    batch, windows = ops.shape(inputs[0])[:2]
+    flat = [ops.reshape(x, (batch * windows, *ops.shape(x)[2:])) for x in inputs]
+    outputs = run_encoder(encoder, flat if len(flat) > 1 else flat[0], training)
+    several = isinstance(outputs, (list, tuple))
+    folded = [ops.reshape(x, (batch, windows, *ops.shape(x)[1:])) for x in (outputs if several else [outputs])]
+    return folded if several else folded[0]
 
 
 def run_encoder(encoder: keras.Model, inputs, training: bool):

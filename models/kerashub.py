@@ -30,13 +30,7 @@ def load_preset_folder(folder: pathlib.Path) -> Backbone:
     folder = folder.absolute()  # KerasHub takes a relative path for a built-in name where it is called like one
     config = read_config(folder)
     class_name = config.get("class_name", "?")
-    try:
-        encoder = keras_hub.models.Backbone.from_preset(str(folder))
-    except Exception as error:  # KerasHub raises many kinds, h5py and JSON errors among them
-        raise GraftError(
-            f"Preset {folder} ({class_name}) could not be loaded: {error}. It must be a folder written by "
-            f"`backbone.save_to_preset(folder)` with a KerasHub not newer than {keras_hub.__version__}."
-        ) from error
+    encoder = load_preset(folder, config)
     files = weight_files(folder)
     run_depthwise_without_xla(encoder)
     pooling = _pooling_of(folder, encoder)
@@ -58,6 +52,21 @@ def load_preset_folder(folder: pathlib.Path) -> Backbone:
             "licence": licence(folder, config),
         },
     )
+
+
+def load_preset(folder: pathlib.Path, config: dict) -> keras.Model:
+    """KerasHub's own backbone of a preset, of whatever kind; `config` is its config.json.
+
+    Raises:
+        GraftError: damaged, or written by a newer KerasHub.
+    """
+    try:
+        return keras_hub.models.Backbone.from_preset(str(folder))
+    except Exception as error:  # KerasHub raises many kinds, h5py and JSON errors among them
+        raise GraftError(
+            f"Preset {folder} ({config.get('class_name', '?')}) could not be loaded: {error}. It must be a folder "
+            f"written by `backbone.save_to_preset(folder)` with a KerasHub not newer than {keras_hub.__version__}."
+        ) from error
 
 
 def _pooling_of(folder: pathlib.Path, encoder: keras.Model) -> str:

@@ -1,7 +1,7 @@
 """What a folder of weights holds, told from its files' names and its config.json alone.
 
-No TensorFlow, so that a wrong folder answers at once. Three layouts are known: KerasHub's presets,
-transformers' folders (config.json with `model_type`) and timm's (config.json with `architecture`).
+No TensorFlow, so that a wrong folder answers at once. Four layouts are known: KerasHub's presets, transformers'
+folders (config.json with `model_type`), timm's (config.json with `architecture`) and CTranslate2's (model.bin).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ OLD_BERT_KEYS = {"hidden_act", "hidden_size", "num_attention_heads", "num_hidden
 
 
 def folder_layout(folder: pathlib.Path) -> str:
-    """The layout of a local folder: "kerashub", "huggingface" (transformers) or "timm".
+    """The layout of a local folder: "kerashub", "huggingface" (transformers), "timm" or "ctranslate2".
 
     Raises:
         GraftError: no config.json, one that is not a JSON object, or one of no known layout.
@@ -41,6 +41,8 @@ def folder_layout(folder: pathlib.Path) -> str:
         return "huggingface"
     if "architecture" in config:
         return "timm"
+    if (folder / "model.bin").is_file():
+        return "ctranslate2"
     raise GraftError(
         f"{folder / 'config.json'} is of no layout that Graft knows: it has none of the keys registered_name or "
         f"class_name (a KerasHub preset), model_type (transformers), architecture (timm). Its keys: "

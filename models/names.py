@@ -9,8 +9,11 @@ import pathlib
 import tempfile
 
 from models import GraftError, applications, hubs, layouts, offline
+from models.audio_families import FAMILIES as AUDIO
+from models.audio_families import audio_family_of, audio_types
 from models.text_families import FAMILIES, family_of, text_types
 from models.text_settings import check_settings
+from models.wav2vec2_settings import encoder_settings
 
 RANDOM = "random:"  # before a name: its architecture with random weights, to compare pretraining with
 
@@ -23,20 +26,20 @@ def check_backbone_name(name: str, kind: str | None = "image") -> None:
     when they are loaded; here only their host is tried.
 
     Args:
-        kind: "image" or "text", what the model must be for; None: either.
+        kind: "image", "text" or "audio", what the model must be for; None: any.
 
     Raises:
-        GraftError: nothing by that name, no network to get it, or a model of the other kind; says what was looked
+        GraftError: nothing by that name, no network to get it, or a model of another kind; says what was looked
             for and where.
     """
     name = name.removeprefix(RANDOM)
     if name in hubs.offline_names(kind):
         return
     if name in hubs.offline_names():
-        raise other_kind(f"Backbone {name!r}", kind)
+        raise other_kind(f"Backbone {name!r}", kind, offline.WEIGHTS[name]["kind"])
     if name.startswith("applications:"):
-        if kind == "text":
-            raise other_kind(f"Backbone {name!r}", kind)
+        if kind in ("text", "audio"):
+            raise other_kind(f"Backbone {name!r}", kind, "image")
         model, file = applications.find_application(name)
         if file is None and not hubs.reachable(applications.HOST):
             files = " or ".join(applications.own_files(model))
@@ -54,10 +57,9 @@ def check_backbone_name(name: str, kind: str | None = "image") -> None:
         raise unknown(name, kind)
 
 
-def other_kind(what: str, kind: str) -> GraftError:
-    """The error for a model that is for the other kind of data than `kind`."""
-    other = {"image": "text", "text": "image"}[kind]
-    article = {"image": "an", "text": "a"}
+def other_kind(what: str, kind: str, other: str) -> GraftError:
+    """The error for a model that is for the kind of data `other`, not for `kind`."""
+    article = {"image": "an", "text": "a", "audio": "an"}
     return GraftError(
         f"{what} is not {article[kind]} {kind} model but {article[other]} {other} model. Give {article[kind]} {kind} "
         f"model, for example {hubs.offline_names(kind)[0]}, or use it with `graft {other}`."
@@ -74,18 +76,25 @@ def check_folder(folder: pathlib.Path, kind: str | None = "image") -> None:
             f"timm model. Save a preset with `backbone.save_to_preset(folder)`, or give an offline name "
             f"({', '.join(hubs.offline_names(kind))})."
         )
-    config, is_huggingface = layouts.read_config(folder), layouts.is_huggingface_folder(folder)
-    family = family_of(config)
-    if family:
-        if kind == "image":
-            what = f"a transformers model of the type {family!r}" if is_huggingface else f"a {config['class_name']}"
-            raise other_kind(f"Folder {folder} holds {what}, which", kind)
-        if is_huggingface:
+    config, layout = layouts.read_config(folder), layouts.folder_layout(folder)
+    families = {"text": family_of(config), "audio": audio_family_of(config, layout)}
+    found = next((name for name, family in families.items() if family), None)
+    if found and kind not in (None, found):
+        if layout == "huggingface":
+            what = f"a transformers model of the type {families[found]!r}"
+        else:
+            what = f"a {config.get('class_name', 'CTranslate2 Whisper')}"
+        raise other_kind(f"Folder {folder} holds {what}, which", kind, found)
+    if found:
+        if layout == "huggingface":
             layouts.transformers_files(folder)
-            check_settings(folder, family, config)
-    elif kind == "text":
-        raise _no_text_model(folder, config)
-    elif is_huggingface:
+        if layout == "huggingface" and found == "text":
+            check_settings(folder, families["text"], config)
+        if families["audio"] in ("wav2vec2", "hubert"):
+            encoder_settings(folder, config)
+    elif kind in ("text", "audio"):
+        raise _no_such_model(folder, config, kind)
+    elif layout in ("huggingface", "timm"):
         layouts.check_huggingface_folder(folder)
     # By these KerasHub's image backbones are told from all others; only EfficientNet says input_shape.
     elif not {"image_shape", "input_shape"} & set(config.get("config") or {}):
@@ -95,26 +104,29 @@ def check_folder(folder: pathlib.Path, kind: str | None = "image") -> None:
         )
 
 
-def _no_text_model(folder: pathlib.Path, config: dict) -> GraftError:
+def _no_such_model(folder: pathlib.Path, config: dict, kind: str) -> GraftError:
     what = config.get("class_name") or config.get("model_type") or config.get("architecture")
-    classes = [name for family in FAMILIES.values() for name in family["classes"]]
+    table, types = {"text": (FAMILIES, text_types()), "audio": (AUDIO, audio_types())}[kind]
+    classes = [name for family in table.values() for name in family["classes"]]
     return GraftError(
-        f"Folder {folder} holds a {what}, which is no text model that Graft knows. It knows transformers' types "
-        f"{', '.join(text_types())} and KerasHub's {', '.join(classes)}."
+        f"Folder {folder} holds a {what}, which is no {kind} model that Graft knows. It knows transformers' types "
+        f"{', '.join(types)} and KerasHub's {', '.join(classes)}."
     )
 
 
 def check_family(preset: str, kind: str | None = "image") -> None:
     """Raise GraftError for a built-in preset of KerasHub that is not of a family of that kind that Graft can cut."""
     family = hubs.builtin_presets()[preset][0]
-    families = {"image": hubs.IMAGE_FAMILIES, "text": hubs.TEXT_FAMILIES}
-    known = families.get(kind) or hubs.IMAGE_FAMILIES + hubs.TEXT_FAMILIES
+    families = {"image": hubs.IMAGE_FAMILIES, "text": hubs.TEXT_FAMILIES, "audio": hubs.AUDIO_FAMILIES}
+    known = families.get(kind) or hubs.IMAGE_FAMILIES + hubs.TEXT_FAMILIES + hubs.AUDIO_FAMILIES
     if family not in known:
-        if kind and any(family in names for names in families.values()):
-            raise other_kind(f"Backbone {preset!r}, a KerasHub preset of the family {family},", kind)
+        other = next((name for name, names in families.items() if family in names), None)
+        if kind and other:
+            raise other_kind(f"Backbone {preset!r}, a KerasHub preset of the family {family},", kind, other)
         raise GraftError(
-            f"Backbone {preset!r} is a KerasHub preset of the family {family}, which is no {kind or 'image or text'} "
-            f"model or hides its units inside one layer. Families that work: {', '.join(known)}."
+            f"Backbone {preset!r} is a KerasHub preset of the family {family}, which is no "
+            f"{kind or 'image, text or audio'} model or hides its units inside one layer. Families that work: "
+            f"{', '.join(known)}."
         )
 
 
@@ -146,16 +158,16 @@ def unknown(name: str, kind: str | None = "image") -> GraftError:
             f"weights of keras.applications: applications:ResNet50V2:{name}."
         )
     offline_names = hubs.offline_names(kind)
-    presets = {"image": hubs.image_presets(), "text": hubs.text_presets()}
-    presets = presets.get(kind) or presets["image"] + presets["text"]
-    models = [] if kind == "text" else [f"applications:{model}" for model in applications.APPLICATIONS]
+    presets = {"image": hubs.image_presets(), "text": hubs.text_presets(), "audio": hubs.audio_presets()}
+    presets = presets.get(kind) or [name for names in presets.values() for name in names]
+    models = [] if kind in ("text", "audio") else [f"applications:{model}" for model in applications.APPLICATIONS]
     choices = [*offline_names, *presets, *models]
     similar = difflib.get_close_matches(name, choices, n=3, cutoff=0.5)
     meant = f" Did you mean {' or '.join(similar)}?" if similar else ""
     return GraftError(
         f"Backbone {name!r} is not known: it is neither a folder on this machine, nor one of the offline backbones "
-        f"({', '.join(offline_names)}), nor one of the {len(presets)} {kind or 'image and text'} presets that the "
-        f"installed KerasHub knows.{meant} Give one of those names, hf://USER/MODEL, "
+        f"({', '.join(offline_names)}), nor one of the {len(presets)} {kind or 'image, text and audio'} presets that "
+        f"the installed KerasHub knows.{meant} Give one of those names, hf://USER/MODEL, "
         f"kaggle://USER/MODEL/keras/VARIATION, {'applications:NAME, ' if models else ''}tfhub:URL, or a folder that "
         f"holds a KerasHub preset, or a Hugging Face{' or timm' if models else ''} model."
     )

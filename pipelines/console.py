@@ -61,12 +61,15 @@ def quiet_stderr():
 
 
 def start_tensorflow(seed: int) -> None:
-    """Import TensorFlow and Keras without their chatter, and seed them."""
+    """Import TensorFlow and Keras without their chatter, let GPUs' memory grow, and seed them."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with console.status("starting TensorFlow"), quiet_stderr():
         import keras
         import tensorflow as tf
 
+        from pipelines.devices import grow_memory
+
+        grow_memory()
         if not is_multi_worker(os.environ):  # a worker's strategy must come before its devices
             tf.config.list_logical_devices()
     keras.utils.set_random_seed(seed)
@@ -75,14 +78,17 @@ def start_tensorflow(seed: int) -> None:
 def print_trainable_table(name: str, rows: list[dict]) -> None:
     """Print the rows of `models.freezing.trainable_table`; the frozen blocks below share a line."""
     table = rich.table.Table(title=f"{PHASE_TITLES[name]}: what trains", box=rich.box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("block", no_wrap=True)
-    for column in ("parameters", "trainable", "learning rate", "BatchNorm"):
+    # A terminal of 80 columns holds the names of transformer layers too where nothing is said of BatchNorm.
+    norms = any(row["batch_norm"] != "none" for row in rows)
+    table.add_column("block", overflow="fold")
+    for column in ("parameters", "trainable", "learning rate", *(["BatchNorm"] if norms else [])):
         table.add_column(column, justify="right", no_wrap=True)
     frozen = [row for row in rows if not row["trainable_parameters"]]
     if frozen:
         title = frozen[0]["name"] if len(frozen) == 1 else f"{frozen[0]['name']} to {frozen[-1]['name']}"
         parameters = sum(row["parameters"] for row in frozen)
-        table.add_row(f"[dim]{title}", f"[dim]{parameters:,}", "[dim]frozen", "", "[dim]frozen")
+        cells = title, f"{parameters:,}", "frozen", "", *(["frozen"] if norms else [])
+        table.add_row(*cells, style="dim")
     for row in rows:
         if row["trainable_parameters"]:
             table.add_row(
@@ -90,6 +96,6 @@ def print_trainable_table(name: str, rows: list[dict]) -> None:
                 f"{row['parameters']:,}",
                 f"{row['trainable_parameters']:,}",
                 f"{row['learning_rate']:.2e}" if row["learning_rate"] else "L-BFGS",
-                "" if row["batch_norm"] == "none" else row["batch_norm"],
+                *(["" if row["batch_norm"] == "none" else row["batch_norm"]] if norms else []),
             )
     console.print(table)

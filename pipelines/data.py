@@ -243,18 +243,23 @@ def cached_dataset(
     trim: bool = False,
     first_batch: int = 0,
     shard: tuple[int, int] = (0, 1),
+    windows: bool = False,
 ):
     """As `dataset`, the inputs being rows of arrays that are at hand: a tuple of tensors [b, ...].
 
     Args:
         parts: for each part of the examples a list of arrays [m, ...] that take an array of indices: numpy's, or
             `pipelines.cache.FileRows`. Parts may differ in shape, and a batch comes from one of them. An array of one
-            row holds for all examples.
+            row holds for all examples. Arrays with a function `load` are read in the graph, all at once:
+            (parts, part, indices) -> tensors.
         part_of, places: [n] int, in which part each row of the table lies, and where in its arrays.
         trim: leave the padding out: batches that are not full, of which each part has one, are smaller. For one device.
+        windows: the first axis of an example stays open, though all should have as many: others of the same phase,
+            which the same step must take, may have one.
     """
     import tensorflow as tf
 
+    load = getattr(parts[0][0], "load", None)
     rows, real = epoch_batches(part_of, batch_size, epoch, training, seed)
     own = share_of(batch_size, shard)
     rows, real, batch_size = rows[first_batch:, own], real[first_batch:, own], own.stop - own.start
@@ -272,14 +277,17 @@ def cached_dataset(
             indices, targets, weights, rows = (
                 x[: tf.math.count_nonzero(rows >= 0)] for x in (indices, targets, weights, rows)
             )
-        inputs = tf.numpy_function(take, [part, indices], dtypes)
+        inputs = load(parts, part, indices) if load else tf.numpy_function(take, [part, indices], dtypes)
         return tuple(tf.ensure_shape(x, s) for x, s in zip(inputs, shapes)), targets, weights, rows
 
     dtypes = [tf.as_dtype(array.dtype) for array in parts[0]]
     dimensions = [list(zip(*(array.shape[1:] for array in same))) for same in zip(*parts)]
     shapes = [
-        (None if trim else batch_size, *(dim[0] if len(set(dim)) == 1 else None for dim in dims)) for dims in dimensions
+        [None if trim else batch_size, *(dim[0] if len(set(dim)) == 1 else None for dim in dims)] for dims in dimensions
     ]
+    for shape in shapes if windows else ():
+        if len(shape) > 2:
+            shape[1] = None
     batches = tf.data.Dataset.from_tensor_slices(slices)
     return batches.map(read, num_parallel_calls=2, deterministic=True).prefetch(tf.data.AUTOTUNE)
 

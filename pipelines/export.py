@@ -27,8 +27,8 @@ def export_run(argv: list[str]) -> int:
     run_dir = pathlib.Path(tyro.cli(ExportConfig, args=argv, prog="graft export").run)
     if not (run_dir / "config.yaml").is_file():
         raise GraftError(
-            f"{run_dir} is not a run folder: it holds no config.yaml. Give the folder that `graft image` or "
-            f"`graft text` wrote."
+            f"{run_dir} is not a run folder: it holds no config.yaml. Give the folder that `graft image`, "
+            f"`graft text` or `graft audio` wrote."
         )
     checkpoint = runs.find_checkpoint(run_dir)
     if checkpoint is None:
@@ -38,7 +38,9 @@ def export_run(argv: list[str]) -> int:
     (run_dir / NOTE).unlink(missing_ok=True)  # a version of its own, even where a stopped run has published one
     state = json.loads((run_dir / "checkpoints" / "state.json").read_text())
     with runs.explained(run_dir):
-        if "text" in state.get("inputs", ()):
+        if state.get("kind") == "audio":
+            from pipelines.audio import export_again
+        elif "text" in state.get("inputs", ()):
             from pipelines.text import export_again
         else:
             from pipelines.image import export_again

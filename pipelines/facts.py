@@ -16,7 +16,7 @@ from pipelines import guards, ladder, recovery
 from pipelines.config import flat_config
 from pipelines.console import console
 
-NOUNS = {"image": "images", "text": "texts"}  # what the examples of each kind of data are called
+NOUNS = {"image": "images", "text": "texts", "audio": "clips"}  # what the examples of each kind of data are called
 
 
 class Clock:
@@ -34,7 +34,7 @@ class Clock:
 def about_run(config, splits, backbone, phases: list[dict], metrics: dict, kind: str = "image") -> dict:
     """The facts that every kind of run has in common, as `pipelines.report.write_report` takes them.
 
-    kind: "image" or "text", which is also the word of the command.
+    kind: "image", "text" or "audio", which is also the word of the command.
     """
     return {
         "title": os.path.basename(os.path.normpath(config.input.data)),
@@ -240,7 +240,7 @@ def changed_flags(config) -> list[str]:
 def machine_metrics(facts: dict) -> dict:
     """metrics.json: figures without pictures; two equal runs differ in `seconds` and `created` only."""
     kept = ("kind", "created", "class_names", "thresholds", "examples", "class_counts", "verdicts", "warnings")
-    kept += ("baselines", "climb", "forgetting", "transfer", "advice", "calibration")
+    kept += ("baselines", "climb", "forgetting", "transfer", "advice", "calibration", "overfitting")
     kept += ("exact_copies", "near_copies", "label_check")
     settings = {name: value for name, value in facts["settings"].items() if name != "out"}
     return {
@@ -262,7 +262,8 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, r
     mistakes = len(gathered["mistakes"])
     look = f"{mistakes} worst mistake{'s' if mistakes > 1 else ''}" if mistakes else "no mistakes on the test set"
     noun = NOUNS[gathered["kind"]]
-    inputs = "FILES" if gathered["kind"] == "image" else "FILE.csv"
+    of_texts = gathered["kind"] == "text"
+    inputs = "FILE.csv" if of_texts else "FILES"
     verdicts = gathered["verdicts"]
     if gathered["transfer"]["verdict"] == "hurts":
         console.print(f"[bold yellow]{verdicts[0]}")
@@ -271,7 +272,7 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, r
         f"[bold]{headline(gathered['metrics']['test'])}[/] on {gathered['examples']['test']:,} test {noun}. "
         f"{' '.join(verdicts)}\n"
         f"Look first: {look}   {report}\n"
-        f"{served_line(checked, 'files' if gathered['kind'] == 'image' else noun)}   {version}\n"
+        f"{served_line(checked, noun if of_texts else 'files')}   {version}\n"
         f"Try it:   graft predict {shlex.quote(str(run_dir))} {inputs}\n"
         f"          docker run -p 8501:8501 -v {shlex.quote(f'{version.parent.absolute()}:/models/{name}')} "
         f"-e MODEL_NAME={name} tensorflow/serving:2.20.0"

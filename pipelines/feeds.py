@@ -67,7 +67,10 @@ class Feeds:
                 return examples.batches(examples.inputs, table, **self.own)
 
             def train_batches(view, epoch, first=0):
-                return self.learning.batches(self.learning.inputs, self.train, epoch, first, **self.own)
+                if self.frozen.loader is None or (augmentation, random_erasing) == UNCHANGED:
+                    return self.learning.batches(self.learning.inputs, self.train, epoch, first, **self.own)
+                more = {"epoch": epoch, "view": view, "training": True, "seed": self.seed, "first_batch": first}
+                return dataset(self.train, self.frozen.load(augmentation), **more, **self.common, **self.own)
 
             return Feed(
                 lambda inputs, training=False: self.model(unwrapped(inputs), training=training),
@@ -132,6 +135,7 @@ class Feeds:
             found = self.view(cut, view % self.options.views, *changes) or self.view(cut, 0, *changes)
             places = np.arange(self.train.num_rows)
             more = {"epoch": epoch, "training": True, "seed": self.seed, "first_batch": first, **self.own}
+            more["windows"] = self.frozen.shape["windows"]
             return cached_dataset(self.train, [found.arrays], np.zeros_like(places), places, **more, **self.common)
 
         return Feed(

@@ -1,6 +1,6 @@
 """The frozen part of a model, run once over each example: what it gives is kept and found again by content.
 
-Examples of different lengths (texts) lie in parts, by length; all of a part have tensors of one shape.
+Examples of different lengths (texts, sounds) lie in parts, by length; all of a part have tensors of one shape.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import psutil
 import pyarrow as pa
 import tensorflow as tf
 
-from models.classifier import Classifier, run_encoder
+from models.classifier import Classifier, has_windows, run_encoder, run_on_windows
 from models.frozen import frozen_function
 from models.split import between, split
 from pipelines import cache
@@ -40,6 +40,8 @@ class FrozenPart:
         # Long texts are few: a batch of them that is mostly padding would take as long as all short ones.
         # Replicas and accumulated steps need parts of one size.
         self.trim = bool(read_inputs) and strategy.num_replicas_in_sync == 1 and steps == 1
+        # Sounds have both: parts of equally many windows as they are, and one random window where they are changed.
+        self.shape = {"trim": self.trim, "windows": bool(read_inputs and loader)}
         self.prefixes, self.steps = {}, {}  # made once: building and tracing take seconds
         self.memory_left = options.cache_memory * 1e9 or cache.MEMORY_SHARE * psutil.virtual_memory().available
         # Weights as they are now: phase 2 changes those above its cut, and asks for more afterwards.
@@ -99,7 +101,9 @@ class FrozenPart:
             batches = dataset(table, load, view=view, seed=self.seed, **self.batch)
             return self.run(f"blocks 0 to {cut}", self.prefix(cut), batches)
 
-        found = self.kept(self.key(cut, table, *changes, view, self.seed), table.num_rows, compute)
+        # What a partial loader was given, such as the loudness of noise, is part of what it makes.
+        settings = sorted(getattr(self.loader, "keywords", {}).items())
+        found = self.kept(self.key(cut, table, *changes, view, self.seed, *settings), table.num_rows, compute)
         self.say(f"view {view + 1} below {self.model.blocks[cut].name}", table.num_rows, [found])
         return found
 
@@ -112,7 +116,7 @@ class FrozenPart:
             what: names the step, which is made once, and the progress bar.
             function: what to compute of the part's inputs; the part's outputs where it is not given.
         """
-        function = function or (lambda inputs: run_encoder(part, inputs, training=False))
+        function = function or (lambda inputs: run_part(part, inputs))
         if what not in self.steps:
             self.steps[what] = self.frozen_step(part, batches, lambda *inputs: function(unwrapped(inputs)))
         step = self.steps[what]
@@ -130,9 +134,12 @@ class FrozenPart:
         """A function of a distributed batch -> (outputs, rows), with the weights as they are now."""
         if self.strategy.num_replicas_in_sync == 1:
             if self.read_inputs:
-                # Of texts the length is open, as in the encoder's own input: one graph for all parts. There is no
-                # BatchNorm to fold, so that weights need not become constants, which takes seconds.
-                specs = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in part.inputs]
+                # Of texts the length is open, as in the encoder's own input, of sounds the number of windows: one
+                # graph for all parts. There is no BatchNorm to fold, so that weights need not become constants, which
+                # takes seconds.
+                given = tf.nest.flatten(batches.element_spec[0])
+                specs = [tf.TensorSpec([None] * len(spec.shape), spec.dtype) for spec in given]
+                specs = [narrowed(spec, tensor) for spec, tensor in zip(specs, part.inputs, strict=True)]
                 frozen = tf.function(function, input_signature=specs, autograph=False)
             else:
                 specs = tf.nest.flatten(batches.element_spec[0])
@@ -188,7 +195,7 @@ class Examples:
         else:
             parts = parts * (len(self.starts) - 1)
         more = {} if epoch is None else {"epoch": epoch, "training": True, "seed": self.frozen.seed}
-        more |= {"trim": self.frozen.trim, "first_batch": first, "shard": shard}
+        more |= {**self.frozen.shape, "first_batch": first, "shard": shard}
         return cached_dataset(table, parts, part_of, places, **more, **self.frozen.batch)
 
     def raw_batches(self):
@@ -265,7 +272,7 @@ class Examples:
             if batches is None:
                 rows = np.arange(table.num_rows)
                 first = np.zeros_like(rows)
-                batches = cached_dataset(table, [arrays], first, rows, trim=frozen.trim, **frozen.batch)
+                batches = cached_dataset(table, [arrays], first, rows, **frozen.shape, **frozen.batch)
             what = f"blocks {lower or 0} to {cut}"
             return frozen.run(what, part, batches) if self.collected is None else self._run_on(what, part, batches, cut)
 
@@ -280,7 +287,7 @@ class Examples:
         _, suffix = split(model.backbone, cut)
 
         def function(inputs):
-            tensors = tf.nest.flatten(run_encoder(part, inputs, training=False))
+            tensors = tf.nest.flatten(run_part(part, inputs))
             return [*tensors, model.features(unwrapped(tensors), False, suffix)]
 
         for *tensors, features in self.frozen.run(f"{what} and features", part, batches, function):
@@ -296,6 +303,17 @@ class Examples:
                 if arrays:
                     return lower, arrays
         return None, None
+
+
+def run_part(part: keras.Model, inputs):
+    """A frozen part of a model on a batch, window by window where its examples have several."""
+    return (run_on_windows if has_windows(part, inputs) else run_encoder)(part, inputs, training=False)
+
+
+def narrowed(spec: tf.TensorSpec, tensor) -> tf.TensorSpec:
+    """A spec of open dimensions with those of a part's input; one of windows has an axis more, which stays open."""
+    dimensions = tensor.shape[1:]
+    return tf.TensorSpec([None] * (len(spec.shape) - len(dimensions)) + list(dimensions), spec.dtype)
 
 
 def unwrapped(inputs):

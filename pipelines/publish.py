@@ -14,7 +14,7 @@ import tyro
 
 from models import GraftError
 from pipelines import runs
-from pipelines.batch import READ_FROM, csv_rows, input_rows, read_details
+from pipelines.batch import READ_FROM, csv_rows, files_kind, input_rows, read_details
 from pipelines.batch_texts import text_rows
 from pipelines.console import console
 from serving.config import MODELS_FILE
@@ -127,8 +127,8 @@ def print_versions(argv: list[str]) -> int:
     """`graft versions`."""
     config = tyro.cli(VersionsConfig, args=argv, prog="graft versions")
     table = rich.table.Table(box=None)
-    for title in ("number", "published", "accuracy", "backbone", "labels", "size"):
-        table.add_column(title, justify="right" if title in ("number", "size") else "left")
+    for title in ("number", "published (UTC)", "accuracy", "backbone", "labels", "size"):
+        table.add_column(title, justify="right" if title in ("number", "size") else "left", no_wrap=True)
     for row in list_versions(config.repository, config.name):
         test, marks = row["test"], [*row["labels"], *(["served"] if row["served"] else [])]
         figure = ""
@@ -136,7 +136,7 @@ def print_versions(argv: list[str]) -> int:
             metric = test["headline"]["metric"].replace("_", " ")
             figure = shown_figure(test) + ("" if metric == "accuracy" else f" {metric}")
         again = f" (= {row['copy_of']})" if row["copy_of"] else ""
-        when = (row["published"] or "").replace("T", " ").removesuffix("+00:00")
+        when = (row["published"] or "").replace("T", " ")[: len("2026-11-24 05:05")]  # UTC
         size = f"{row['bytes'] / 1e6:,.1f} MB"
         table.add_row(f"{row['number']}{again}", when, figure, row["backbone"] or "", ", ".join(marks), size)
     console.print(table)
@@ -177,7 +177,7 @@ def test_fingerprint(run_dir: pathlib.Path) -> str:
 
 
 def warmup_samples(inputs: tuple[str, ...], details: dict) -> list:
-    """Real inputs of a model: bytes of image files or texts, tuples of bytes for pairs of texts.
+    """Real inputs of a model: bytes of files or texts, tuples of bytes for pairs of texts.
 
     Raises GraftError for files that cannot be read.
     """
@@ -188,6 +188,7 @@ def warmup_samples(inputs: tuple[str, ...], details: dict) -> list:
         ]
         return samples if details["pairs"] else [text for (text,) in samples]
     try:
-        return [pathlib.Path(row[READ_FROM]).read_bytes() for row in input_rows(inputs)]
+        prepare = files_kind(details).prepare
+        return [prepare(pathlib.Path(row[READ_FROM]).read_bytes()) for row in input_rows(inputs, details)]
     except OSError as error:
         raise GraftError(f"--warmup-from {error.filename}: cannot be read ({error.strerror})") from error

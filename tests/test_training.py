@@ -38,11 +38,12 @@ def make_config(**options):
     return config
 
 
-def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, hooks=None, **options):
+def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, frozen_front=0, hooks=None, **options):
     strategy = strategy or tf.distribute.get_strategy()
     config = make_config(**options)
     with strategy.scope():
         backbone = tiny_backbone(dropout=backbone_dropout)
+        backbone.frozen_front = frozen_front
         model = Classifier(backbone, len(splits.class_names), dropout=dropout, seed=1)
 
     def loader(augmentation, random_erasing=0.0):
@@ -313,6 +314,14 @@ def test_each_rung_gives_what_its_depth_alone_gives(splits):
     best = min(climbed, key=lambda phase: phase["climb"]["val_loss"])
     assert best["kept"] and climbed[0]["kept"]
     assert [row["epoch"] for phase in climbed for row in phase["history"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_full_leaves_a_frozen_front_alone_and_runs_it_once(splits):
+    options = {"head_epochs": 1, "fine_tune_epochs": 1, "cache": "memory"}
+    _, (_, full) = train(splits, depth="full", frozen_front=1, **options)
+    assert [row["trainable_parameters"] > 0 for row in full["blocks"]] == [False, True, True, True]
+    _, (_, two) = train(splits, depth="2", **options)
+    assert losses([full]) == losses([two])
 
 
 class Wrecker(keras.callbacks.Callback):
