@@ -159,6 +159,7 @@ def test_export_makes_the_next_version_with_the_same_answers(run_dir, session, t
     np.testing.assert_allclose(answers, session.run("serving_default", asked)["probabilities"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_cache_changes_nothing(data, whisper, tmp_path):
     """Windows, crops and noise: the same figures with and without it, in both phases."""
     kept = metrics_of(run(data, whisper, tmp_path / "kept", "--head-solver", "sgd"))
