@@ -18,6 +18,7 @@ BETA = 8.96
 CUTOFF = 0.94  # of half the lower rate: the middle of the transition
 LARGEST_MATRIX = 1 << 20  # numbers; rates such as 47,999 Hz would need a larger one
 FINE_PHASES, OUTPUTS_AT_ONCE = 1024, 2048  # for these
+AT_ONCE = 1 << 18  # samples: memory that is used again is far quicker than fresh memory, and an hour needs less of it
 
 
 def resample(waveform, rate_hz, target_hz):
@@ -54,17 +55,25 @@ def _by_blocks(waveform, up, down, periods, half, cutoff, count):
     blocks = _ceil(count, outputs)
     ahead = half - 1
     padded = tf.pad(waveform, [[ahead, (blocks + 1) * block - ahead - tf.size(waveform, tf.int64)]])
-    rows = tf.reshape(padded, tf.stack([blocks + 1, block]))
-    rows = tf.concat([rows[:-1], rows[1:, : 2 * half]], 1)  # [blocks, block + 2 half]
 
     phases = tf.range(up)
     filters = filter_taps(tf.cast(phases * down % up, tf.float64) / tf.cast(up, tf.float64), half, cutoff)
     filters = tf.pad(filters, [[0, 0], [0, 1]])  # a zero for all that lies outside
     output = tf.range(outputs)
-    tap = tf.range(block + 2 * half)[:, None] - output * down // up  # [block + 2 half, outputs]
-    tap = tf.where((tap >= 0) & (tap < 2 * half), tap, 2 * half)
-    matrix = tf.gather(tf.reshape(filters, [-1]), output % up * (2 * half + 1) + tap)
-    return tf.reshape(tf.matmul(rows, matrix), [-1])[:count]
+    first = tf.cast(output * down // up, tf.int32)  # of the filter, among the rows
+    width = tf.cast(2 * half, tf.int32)
+    tap = tf.range(tf.cast(block, tf.int32) + width)[:, None] - first  # [block + 2 half, outputs]
+    tap = tf.where((tap >= 0) & (tap < width), tap, width)
+    matrix = tf.gather(tf.reshape(filters, [-1]), tf.cast(output % up, tf.int32) * (width + 1) + tap)
+    some = tf.maximum(AT_ONCE // block, 1)  # blocks
+
+    def converted(first):
+        rows = tf.minimum(some, blocks - first)
+        rows = tf.reshape(padded[first * block : (first + rows + 1) * block], tf.stack([rows + 1, block]))
+        rows = tf.concat([rows[:-1], rows[1:, : 2 * half]], 1)  # [rows, block + 2 half]
+        return tf.reshape(tf.matmul(rows, matrix), [-1])
+
+    return in_pieces(converted, blocks, some)[:count]
 
 
 def _one_by_one(waveform, rate, target, half, cutoff, count):
@@ -77,7 +86,7 @@ def _one_by_one(waveform, rate, target, half, cutoff, count):
     last = tf.size(padded, tf.int64) - 1
     taps = tf.range(2 * half)
 
-    def some(first):
+    def converted(first):
         place = (first + tf.range(OUTPUTS_AT_ONCE, dtype=tf.int64)) * rate
         phase = tf.cast(place % target, tf.float64) / tf.cast(target, tf.float64) * FINE_PHASES
         lower = tf.floor(phase)
@@ -88,9 +97,19 @@ def _one_by_one(waveform, rate, target, half, cutoff, count):
         samples = tf.gather(padded, tf.minimum((place // target)[:, None] + taps, last))
         return tf.reduce_sum(samples * filters, -1)
 
-    starts = tf.range(0, count, OUTPUTS_AT_ONCE)
-    signature = tf.TensorSpec([OUTPUTS_AT_ONCE], tf.float32)
-    return tf.reshape(tf.map_fn(some, starts, fn_output_signature=signature), [-1])[:count]
+    return in_pieces(converted, count, OUTPUTS_AT_ONCE)[:count]
+
+
+def in_pieces(make, count, step):
+    """`make(0)`, `make(step)`, ... below `count`, each [any] float32, put together; int64 scalars of a graph."""
+    step, count = tf.cast(step, tf.int64), tf.maximum(count, 1)  # of nothing a piece too: none cannot be put together
+    pieces = tf.TensorArray(tf.float32, tf.cast(_ceil(count, step), tf.int32), element_shape=[None], infer_shape=False)
+
+    def add(number, pieces):
+        return number + 1, pieces.write(tf.cast(number, tf.int32), make(number * step))
+
+    state = (tf.constant(0, tf.int64), pieces)
+    return tf.while_loop(lambda number, _: number * step < count, add, state, parallel_iterations=1)[1].concat()
 
 
 def filter_taps(phases, half, cutoff):
@@ -101,12 +120,15 @@ def filter_taps(phases, half, cutoff):
     """
     places = tf.range(1 - half, half + 1)
     distance = tf.cast(places, tf.float64) - phases[:, None]
-    angle = distance * cutoff * math.pi
-    sinc = tf.math.divide_no_nan(tf.sin(angle), angle) + tf.cast(angle == 0, tf.float64)
-    inside = BETA * tf.sqrt(tf.maximum(1 - (distance / tf.cast(half, tf.float64)) ** 2, 0))
+    turns = distance * cutoff
+    # Sine, Bessel function and exponential are many times quicker in float32, and exact enough of small numbers.
+    sine = tf.sin(tf.cast(turns - 2 * tf.round(turns / 2), tf.float32) * math.pi)
+    angle = tf.cast(turns, tf.float32) * math.pi
+    sinc = tf.math.divide_no_nan(sine, angle) + tf.cast(angle == 0, tf.float32)
+    inside = tf.cast(BETA * tf.sqrt(tf.maximum(1 - (distance / tf.cast(half, tf.float64)) ** 2, 0)), tf.float32)
     window = tf.math.bessel_i0e(inside) * tf.exp(inside - BETA)  # I0(inside), but for a factor
     weights = sinc * window
-    return tf.cast(weights / tf.reduce_sum(weights, 1, keepdims=True), tf.float32)
+    return weights / tf.reduce_sum(weights, 1, keepdims=True)
 
 
 def greatest_common_divisor(a, b):

@@ -63,19 +63,24 @@ def part(data, position, count):
     return tf.strings.substr(data, position, tf.cast(count, tf.int64))
 
 
-def integer(data, position, count: int):
-    """A little-endian unsigned number of `count` bytes at `position`, scalar int64; missing bytes are zeros."""
-    found = tf.io.decode_raw(part(data, position, count), tf.uint8, fixed_length=count)
-    return tf.reduce_sum(tf.cast(found, tf.int64) * [256**place for place in range(count)])
+def words(data, position, count: int):
+    """`count` little-endian unsigned 16-bit numbers from `position` on, [count] int64; missing bytes are zeros."""
+    found = tf.io.decode_raw(part(data, position, 2 * count), tf.uint16, fixed_length=2 * count)
+    return tf.cast(found, tf.int64)
+
+
+def double(found, place: int):
+    """The unsigned 32-bit number of `words` at places `place` and the next."""
+    return found[place] + found[place + 1] * 65_536
 
 
 def parse_wav(data) -> dict:
     """What the headers of a WAV file (scalar string) say; nothing in the bytes makes it raise.
 
     Returns scalars, int64 unless said otherwise: `is_wav` bool, `has_format` and `has_data` bool, `codec` (the format
-    tag, that of the subformat where it is extensible), `channels`, `rate_hz`, `bits`, `frame_bytes`, `declared_bytes`
-    (of samples; those that are there where the header leaves it open), `start` and `frames` (whole ones that are
-    there), `sample_bytes`.
+    tag, that of the subformat where it is extensible), `channels`, `rate_hz`, `bits`, `sample_bytes`, `frame_bytes`,
+    `start`, `present_bytes` (after the start), `declared_bytes` (of samples; `present_bytes` where the header leaves
+    it open) and `frames` (whole ones that are there).
     """
     length = tf.cast(tf.strings.length(data), tf.int64)
     outer = part(data, 0, 4)
@@ -86,7 +91,7 @@ def parse_wav(data) -> dict:
         return (samples < 0) & (position + 8 <= length) & (count < MAX_CHUNKS)
 
     def next_chunk(position, count, fmt, samples, large):
-        name, size = part(data, position, 4), integer(data, position + 4, 4)
+        name, size = part(data, position, 4), double(words(data, position + 4, 2), 0)
         fmt = tf.where(name == b"fmt ", position + 8, fmt)
         samples = tf.where(name == b"data", position + 8, samples)
         large = tf.where(name == b"ds64", position + 8, large)
@@ -97,17 +102,18 @@ def parse_wav(data) -> dict:
     _, _, fmt, start, large = tf.while_loop(more, next_chunk, state)
     has_format, has_data = fmt >= 0, start >= 0
 
-    codec = integer(data, fmt, 2)
-    codec = tf.where(codec == EXTENSIBLE, integer(data, fmt + 24, 2), codec)
-    channels, bits = integer(data, fmt + 2, 2), integer(data, fmt + 14, 2)
-    sample_bytes, frame_bytes = (bits + 7) // 8, integer(data, fmt + 12, 2)
+    form = words(data, fmt, 13)
+    codec = tf.where(form[0] == EXTENSIBLE, form[12], form[0])
+    bits, frame_bytes = form[7], form[6]
 
     present = tf.where(has_data, length - start, 0)
-    declared = integer(data, start - 4, 4)
-    declared = tf.where((large >= 0) & (declared == 0xFFFFFFFF), integer(data, large + 8, 8), declared)
-    whole = integer(data, 4, 4)  # what follows these 8 bytes, as the header says
+    declared = double(words(data, start - 4, 2), 0)
+    huge = words(data, large + 8, 4)
+    huge = double(huge, 0) + double(huge, 2) % UNKNOWN_SIZE * 2**32
+    declared = tf.where((large >= 0) & (declared == 0xFFFFFFFF), huge, declared)
+    whole = double(words(data, 4, 2), 0)  # what follows these 8 bytes, as the header says
     # A size of 0 is a stream's too, unless the outer size says that the file is as short as it says.
-    left_open = (declared >= UNKNOWN_SIZE) | (declared < 0)
+    left_open = declared >= UNKNOWN_SIZE
     left_open |= (declared == 0) & ((whole + 8 < length) | (whole >= UNKNOWN_SIZE))
     declared = tf.where(left_open, present, declared)
     return {
@@ -115,106 +121,52 @@ def parse_wav(data) -> dict:
         "has_format": has_format,
         "has_data": has_data,
         "codec": codec,
-        "channels": channels,
-        "rate_hz": integer(data, fmt + 4, 4),
+        "channels": form[1],
+        "rate_hz": double(form, 2),
         "bits": bits,
-        "sample_bytes": sample_bytes,
+        "sample_bytes": (bits + 7) // 8,
         "frame_bytes": frame_bytes,
-        "declared_bytes": declared,
         "start": tf.maximum(start, 0),
-        "frames": tf.minimum(declared, present) // tf.maximum(frame_bytes, 1),
         "present_bytes": present,
+        "declared_bytes": declared,
+        "frames": tf.minimum(declared, present) // tf.maximum(frame_bytes, 1),
     }
+
+
+def wav_faults(data, wav: dict):
+    """Which of FAULTS a file (scalar string) has, of which `parse_wav` says `wav`: [faults] bool."""
+    pcm = (wav["codec"] == PCM) & (wav["sample_bytes"] >= 1) & (wav["sample_bytes"] <= 4)
+    floats = (wav["codec"] == FLOAT) & ((wav["bits"] == 32) | (wav["bits"] == 64))
+    found = {
+        "empty": data == b"",
+        "other": ~wav["is_wav"],
+        "no format": ~wav["has_format"],
+        "codec": (wav["codec"] != PCM) & (wav["codec"] != FLOAT),
+        "bits": ~(pcm | floats),
+        "contradiction": (wav["channels"] < 1) | (wav["frame_bytes"] != wav["channels"] * wav["sample_bytes"]),
+        "rate": (wav["rate_hz"] < RATES_HZ[0]) | (wav["rate_hz"] > RATES_HZ[1]),
+        "no data": ~wav["has_data"],
+        "truncated": wav["declared_bytes"] > wav["present_bytes"],
+        "no samples": wav["frames"] == 0,
+        "long": wav["frames"] > MAX_SECONDS * wav["rate_hz"],
+        "large": wav["frames"] * wav["channels"] > MAX_VALUES,
+    }
+    return tf.stack([found[name] for name in FAULTS])
 
 
 def wav_error(data, wav: dict):
     """Why a file (scalar string), of which `parse_wav` says `wav`, cannot be an input; "" where it can."""
+    faults = wav_faults(data, wav)
 
-    def text(*parts):
-        return tf.strings.join([item if isinstance(item, str) else tf.strings.as_string(item) for item in parts])
+    def say():
+        first = tf.argmax(tf.cast(faults, tf.int32), output_type=tf.int32)
+        return tf.switch_case(first, [lambda reason=reason: reason(data, wav) for reason in FAULTS.values()])
 
-    pcm = (wav["codec"] == PCM) & (wav["sample_bytes"] >= 1) & (wav["sample_bytes"] <= 4)
-    floats = (wav["codec"] == FLOAT) & ((wav["bits"] == 32) | (wav["bits"] == 64))
-    seconds = wav["frames"] // tf.maximum(wav["rate_hz"], 1)
-    too_long = (seconds * wav["rate_hz"] + tf.cast(wav["frames"] % tf.maximum(wav["rate_hz"], 1) > 0, tf.int64)) > (
-        MAX_SECONDS * wav["rate_hz"]
-    )
-    large = wav["frames"] * wav["channels"] > MAX_VALUES
-    cut = "cut it up, for example with: ffmpeg -i in.wav -f segment -segment_time 600 -c copy out%03d.wav"
-    codec_name = text("with the codec number ", wav["codec"])
-    for number, name in CODECS.items():
-        codec_name = tf.where(wav["codec"] == number, name, codec_name)
-    # The first that is true counts.
-    reasons = (
-        (data == "", "empty input: no bytes; expected a WAV file"),
-        (~wav["is_wav"], _what_it_is(data)),
-        (~wav["has_format"], "WAV file without a format chunk before its samples; the file is damaged"),
-        (
-            (wav["codec"] != PCM) & (wav["codec"] != FLOAT),
-            text("WAV file with ", codec_name, " samples is not supported; " + TO_WAV.format("in.wav")),
-        ),
-        (
-            ~(pcm | floats),
-            text(
-                "WAV file with ",
-                wav["bits"],
-                " bits per sample; expected PCM of 8, 16, 24 or 32 bits, or float of 32 or 64 bits; "
-                + TO_WAV.format("in.wav"),
-            ),
-        ),
-        (
-            (wav["channels"] < 1) | (wav["frame_bytes"] != wav["channels"] * wav["sample_bytes"]),
-            text(
-                "WAV file whose header contradicts itself: ",
-                wav["channels"],
-                " channels of ",
-                wav["bits"],
-                " bits in ",
-                wav["frame_bytes"],
-                " bytes; the file is damaged",
-            ),
-        ),
-        (
-            (wav["rate_hz"] < RATES_HZ[0]) | (wav["rate_hz"] > RATES_HZ[1]),
-            text(
-                "WAV file with a sample rate of ",
-                wav["rate_hz"],
-                f" Hz; expected {RATES_HZ[0]} to {RATES_HZ[1]} Hz; the file is damaged, or no sound",
-            ),
-        ),
-        (
-            ~wav["has_data"],
-            "WAV file without samples: it has a format but no data chunk; it is truncated, or was never finished",
-        ),
-        (
-            wav["declared_bytes"] > wav["present_bytes"],
-            text(
-                "truncated WAV file: its header promises ",
-                wav["declared_bytes"],
-                " bytes of samples, ",
-                wav["present_bytes"],
-                " are there; copy or download it again",
-            ),
-        ),
-        (wav["frames"] == 0, "WAV file without samples: its data chunk is empty"),
-        (too_long, text("WAV file of ", seconds, f" seconds is above the limit of {MAX_SECONDS} seconds; {cut}")),
-        (
-            large,
-            text(
-                "WAV file of ",
-                seconds,
-                " seconds with ",
-                wav["channels"],
-                " channels at ",
-                wav["rate_hz"],
-                f" Hz is above the limit of {MAX_VALUES // 10**6} million samples; {cut}",
-            ),
-        ),
-    )
-    error = tf.constant("")
-    for applies, reason in reversed(reasons):
-        error = tf.where(applies, reason, error)
-    return error
+    return tf.cond(tf.reduce_any(faults), say, lambda: tf.constant(""))
+
+
+def _text(*parts):
+    return tf.strings.join([item if isinstance(item, str) else tf.strings.as_string(item) for item in parts])
 
 
 def _what_it_is(data):
@@ -225,3 +177,68 @@ def _what_it_is(data):
         found = part(data, offset, len(value)) == value
         answer = tf.where(found, f"{name} is not supported; {TO_WAV.format(file)}", answer)
     return answer
+
+
+def _codec(data, wav):
+    name = _text("with the codec number ", wav["codec"])
+    for number, known in CODECS.items():
+        name = tf.where(wav["codec"] == number, known, name)
+    return _text("WAV file with ", name, " samples is not supported; " + TO_WAV.format("in.wav"))
+
+
+def _seconds(wav):
+    return wav["frames"] // tf.maximum(wav["rate_hz"], 1)
+
+
+CUT = "cut it up, for example with: ffmpeg -i in.wav -f segment -segment_time 600 -c copy out%03d.wav"
+# What is wrong, and how to say it; the first that is true counts.
+FAULTS = {
+    "empty": lambda data, wav: tf.constant("empty input: no bytes; expected a WAV file"),
+    "other": lambda data, wav: _what_it_is(data),
+    "no format": lambda data, wav: tf.constant(
+        "WAV file without a format chunk before its samples; the file is damaged"
+    ),
+    "codec": _codec,
+    "bits": lambda data, wav: _text(
+        "WAV file with ",
+        wav["bits"],
+        " bits per sample; expected PCM of 8, 16, 24 or 32 bits, or float of 32 or 64 bits; " + TO_WAV.format("in.wav"),
+    ),
+    "contradiction": lambda data, wav: _text(
+        "WAV file whose header contradicts itself: ",
+        wav["channels"],
+        " channels of ",
+        wav["bits"],
+        " bits in ",
+        wav["frame_bytes"],
+        " bytes; the file is damaged",
+    ),
+    "rate": lambda data, wav: _text(
+        "WAV file with a sample rate of ",
+        wav["rate_hz"],
+        f" Hz; expected {RATES_HZ[0]} to {RATES_HZ[1]} Hz; the file is damaged, or no sound",
+    ),
+    "no data": lambda data, wav: tf.constant(
+        "WAV file without samples: it has a format but no data chunk; it is truncated, or was never finished"
+    ),
+    "truncated": lambda data, wav: _text(
+        "truncated WAV file: its header promises ",
+        wav["declared_bytes"],
+        " bytes of samples, ",
+        wav["present_bytes"],
+        " are there; copy or download it again",
+    ),
+    "no samples": lambda data, wav: tf.constant("WAV file without samples: its data chunk is empty"),
+    "long": lambda data, wav: _text(
+        "WAV file of ", _seconds(wav), f" seconds is above the limit of {MAX_SECONDS} seconds; {CUT}"
+    ),
+    "large": lambda data, wav: _text(
+        "WAV file of ",
+        _seconds(wav),
+        " seconds with ",
+        wav["channels"],
+        " channels at ",
+        wav["rate_hz"],
+        f" Hz is above the limit of {MAX_VALUES // 10**6} million samples; {CUT}",
+    ),
+}

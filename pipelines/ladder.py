@@ -35,7 +35,7 @@ def rungs_of(depth: str, blocks: int | None, light_blocks: int, total: int) -> l
     Args:
         depth: --depth; blocks: what `pipelines.config.depth_blocks` makes of it.
         light_blocks: --light-blocks, of --depth auto.
-        total: blocks of the backbone. One of a single block has no light rung.
+        total: blocks of the backbone above its frozen front. One of a single block has no light rung.
     """
     if depth == "auto":
         light = min(light_blocks, total - 1)
@@ -106,7 +106,7 @@ def seconds_needed(phases: list[dict], rungs: list[tuple], total: int, epochs: i
 
     Args:
         phases, rungs: as `decide` takes them.
-        total: blocks of the backbone; epochs: most epochs of the next rung.
+        total: blocks that full thaws; epochs: most epochs of the next rung.
     """
     if len(phases) == len(rungs):
         return 0.0

@@ -299,15 +299,16 @@ def fit_two_phase(
         table of the splits -> logits [n, classes] of the model as it leaves.
     """
     config, recovery = scaled(config, strategy.num_replicas_in_sync), recovery or Recovery()
-    options, phases, total = config.training, [], len(model.blocks)
+    options, phases = config.training, []
+    total, thawable = len(model.blocks), freezing.thawable_blocks(model)
     check_batch_size(options, strategy.num_replicas_in_sync)
     train = splits.train
     if options.class_weights == "balanced":
         train = class_weighted(train, len(splits.class_names))
     epochs = config.fine_tune.fine_tune_epochs
     depth = config.model.depth if epochs else "head"
-    rungs = ladder.rungs_of(depth, depth_blocks(depth), config.model.light_blocks, total)
-    cuts = [total - blocks if blocks else 0 for _, blocks in rungs]
+    rungs = ladder.rungs_of(depth, depth_blocks(depth), config.model.light_blocks, thawable)
+    cuts = [total - (blocks or thawable) for _, blocks in rungs]
     feeds = Feeds(model, splits, train, loader, config, strategy, read_inputs)
     recovery.start_run({"the data": splits.fingerprint, "the backbone": feeds.frozen.digest})
     guard = ForgettingGuard(model, train, config.guards.forgetting_limit, functools.partial(summed, strategy))
@@ -332,7 +333,7 @@ def fit_two_phase(
         if phase["kept"]:
             best.update(right=right, feed=feed, logits_of=feed_predictor(feed.forward, feed.batches, strategy))
         phases.append(phase)
-        needed = ladder.seconds_needed(phases, rungs, total, epochs)
+        needed = ladder.seconds_needed(phases, rungs, thawable, epochs)
         went_on, because = ladder.decide(phases, rungs, options.target, clock.left, needed)
         went_on = bool(*chief_says(strategy, [went_on]))  # workers' clocks differ
         phase["climb"] |= {"went_on": went_on, "because": because}
@@ -354,7 +355,7 @@ def fit_two_phase(
     rate, start = config.fine_tune.fine_tune_learning_rate, None
     while phases[-1]["climb"]["went_on"]:
         name, blocks = rungs[len(phases)]
-        freezing.unfreeze_top(model, blocks or total, config.model.train_batch_norm)
+        freezing.unfreeze_top(model, blocks or thawable, config.model.train_batch_norm)
         if start is None:
             weights = freezing.moving_weights(model) if len(rungs) > 2 else model.head.weights
             start = ladder.starting_weights(weights, model.head.weights, simplest)

@@ -214,7 +214,7 @@ def train_from_scratch(model: Classifier, splits, loader, config, test_logits, r
     console.print(f"[bold]From scratch[/]: the same architecture from random weights, {epochs} epochs")
     backbone = random_copy(untrained_backbone(model, config), config.training.seed)
     layers = tuple(layer for block in backbone.blocks for layer in block.layers)
-    backbone.blocks = [Block("all", layers)]  # one block: one rate
+    backbone.blocks, backbone.frozen_front = [Block("all", layers)], 0  # one block: one rate
     for layer in backbone.encoder._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.momentum = SCRATCH_MOMENTUM
