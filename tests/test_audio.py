@@ -150,6 +150,7 @@ def test_predict_takes_what_training_takes(run_dir, data, tmp_path, capsys):
     assert "give clip files, a folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_export_makes_the_next_version_with_the_same_answers(run_dir, session, tmp_path):
     copy = shutil.copytree(run_dir, tmp_path / "tones")
     assert main(["export", str(copy)]) == 0
