@@ -21,17 +21,20 @@ from models import GraftError
 from models.offline import DATA, cache_folder, whole_or_nothing
 
 SAMPLE_RATE_HZ = 22_050  # what eSpeak NG speaks at
-WORDS = tuple("zero one two three four five six seven eight nine yes no up down left right stop go on off".split())
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+WORDS += ("yes", "no", "up", "down", "left", "right", "stop", "go", "on", "off")
 # accent+variant: a variant changes the throat, an accent the vowels. Those of test appear in no other split.
 VOICES = {
     "train": (
-        "en-US+m1 en-US+m3 en-US+f1 en-US+f2 en+m2 en+m4 en+f3 en+m7 "
-        "en-GB-x-rp+m5 en-GB-x-rp+m6 en-GB-x-rp+f4 en-GB-x-rp+michael"
-    ).split(),
-    "val": "en-US+m8 en+f5 en-GB-x-rp+max en-US+andy".split(),
+        *("en-US+m1", "en-US+m3", "en-US+f1", "en-US+f2"),
+        *("en+m2", "en+m4", "en+f3", "en+m7"),
+        *("en-GB-x-rp+m5", "en-GB-x-rp+m6", "en-GB-x-rp+f4", "en-GB-x-rp+michael"),
+    ),
+    "val": ("en-US+m8", "en+f5", "en-GB-x-rp+max", "en-US+andy"),
     "test": (
-        "en-GB-scotland+adam en-GB-x-gbclan+linda en-GB-x-gbcwmd+david en-029+steph en-US-nyc+paul en-GB-scotland+belinda"
-    ).split(),
+        *("en-GB-scotland+adam", "en-GB-x-gbclan+linda", "en-GB-x-gbcwmd+david"),
+        *("en-029+steph", "en-US-nyc+paul", "en-GB-scotland+belinda"),
+    ),
 }
 # Words per minute and pitch (0 to 100, 50 is the voice's own) of the clips of each voice.
 MANNERS = {
@@ -115,7 +118,7 @@ def speak(text: str, voice: str = "en-US+m1", rate: int = 175, pitch: int = 50) 
 def _speak(library, data_folder, text: str, voice: str, rate: int, pitch: int) -> np.ndarray:
     found = library.espeak_Initialize(SYNCHRONOUS, 0, str(data_folder).encode(), DONT_EXIT)
     if found != SAMPLE_RATE_HZ:
-        raise GraftError(f"eSpeak NG did not start: it says {found}, expected {SAMPLE_RATE_HZ}. Its data: {data_folder}")
+        raise GraftError(f"eSpeak NG did not start: it says {found}, expected {SAMPLE_RATE_HZ}, from {data_folder}.")
     library.espeak_ng_SetRandSeed(ctypes.c_long(1))
     chunks = []
 

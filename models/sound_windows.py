@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tensorflow as tf
 
-from models.audio_inputs import encoder_inputs, read_sound
+from models.audio_inputs import audio_error, encoder_inputs, read_sound
 from models.backbone import AudioPreprocess
 
 MOST_WINDOWS = 16  # of one sound, spread evenly over it: an hour costs no more than what they hold
@@ -53,3 +53,32 @@ def read_windows(data, preprocess: AudioPreprocess):
     waveform = read_sound(data, preprocess)
     windows, masks = cut_windows(waveform[None], window_samples(preprocess))
     return encoder_inputs(windows[0], masks[0], preprocess)
+
+
+def read_windows_of_many(audio_bytes, preprocess: AudioPreprocess):
+    """Bytes of WAV files [n] string, n at least 1 -> windows of all, one after the other, and whose they are.
+
+    Returns:
+        [windows, masks], [w, samples] each, as the encoder takes them; the row of each window [w] int64, ascending,
+        and every row occurs; errors [n] string, "" where all is well. What has an error has a window all the same.
+    """
+
+    def read_one(data):
+        windows, masks = read_windows(data, preprocess)
+        # An empty mask is no input for an encoder: what follows from it is thrown away.
+        masks = tf.maximum(masks, tf.cast(tf.reduce_max(masks) == 0, tf.int32))
+        return windows, masks, audio_error(data)
+
+    window = window_samples(preprocess)
+    specs = [tf.RaggedTensorSpec([None, window], dtype, ragged_rank=0) for dtype in (tf.float32, tf.int32)]
+    windows, masks, errors = tf.map_fn(
+        read_one, audio_bytes, fn_output_signature=(*specs, tf.TensorSpec([], tf.string))
+    )
+    rows = windows.value_rowids()
+    inputs = [tf.ensure_shape(ragged.values, [None, window]) for ragged in (windows, masks)]
+    return inputs, rows, errors
+
+
+def average_rows(values, rows):
+    """Values [w, ...] of windows and the row of each -> [n, ...], the mean over the windows of each row."""
+    return tf.math.segment_mean(values, rows)

@@ -6,11 +6,15 @@ import importlib
 import sys
 
 from models import GraftError
+from pipelines.stopping import EXIT_CODE, stop_signals
 
 COMMANDS = {  # word: (module, function, what it does)
     "image": ("pipelines.image", "main", "fine-tune an image model on your pictures and export it"),
     "text": ("pipelines.text", "main", "fine-tune a text model on your texts and export it"),
+    "audio": ("pipelines.audio", "main", "fine-tune an audio model on your clips and export it"),
+    "resume": ("pipelines.resume", "resume_run", "go on with a run that was stopped or killed"),
     "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
+    "embed": ("pipelines.embed", "embed", "vectors of files or texts from a run's exported model"),
     "rank": ("pipelines.rank", "rank", "which backbone suits your data, in minutes and without training"),
     "evaluate": ("pipelines.rescore", "evaluate_run", "score a run's exported model on other labelled data"),
     "publish": ("pipelines.publish", "publish_run", "publish a run's model where TensorFlow Serving watches"),
@@ -53,13 +57,14 @@ def main(argv: list[str] | None = None) -> int:
 def guarded(command, argv: list[str]) -> int:
     """Run a command; a GraftError becomes one message and its exit code, never a traceback."""
     try:
-        return command(argv)
+        with stop_signals():  # SIGTERM too ends with a word and 75
+            return command(argv)
     except GraftError as error:
         print(f"graft: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("graft: stopped.", file=sys.stderr)
-        return 75
+        return EXIT_CODE
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def advice(kind: str, counts: list[int], probe=None, neighbours=None, raw=None, 
     """A paragraph for people: the data, how near the backbone's domain is, and so which depth and augmentation.
 
     Args:
-        kind: "image" or "text".
+        kind: "image", "text" or "audio".
         counts: training examples of each class; of several labels each counts for all it has.
         probe: accuracy 0 to 1 of a linear probe on the pretrained features, or None where there is none.
         neighbours, raw: that of nearest neighbours, and of a linear model of pixels or term weights; None likewise.
@@ -88,7 +88,7 @@ def about_domain(kind: str, probe, neighbours, raw) -> str:
     """How near the backbone's domain is, as far as the probes tell; "" without a probe."""
     if probe is None:
         return ""
-    raw_name = {"image": "pixels", "text": "words"}[kind]
+    raw_name = {"image": "pixels", "text": "words", "audio": "log-mel statistics"}[kind]
     text = f"A linear probe on the pretrained features gets {probe:.1%} right"
     if raw is not None:
         text += f", one on the bare {raw_name} {raw:.1%}: "
@@ -107,11 +107,14 @@ def about_domain(kind: str, probe, neighbours, raw) -> str:
 
 def about_augmentation(kind: str, counts: list[int], depth: str) -> str:
     """How much to augment; "" for texts, which are not changed at random."""
-    if kind != "image":
+    if kind == "text":
         return ""
     per_class = sum(counts) / max(sum(count > 0 for count in counts), 1)
     if depth == "head":
         return "Augmentation plays no part while only the head trains."
+    if kind == "audio":
+        noisier = "`--augmentation spec-augment` adds masks where there are few or noisy clips."
+        return f"Noise, shifts and crops (the default) are the right amount of augmentation; {noisier}"
     if per_class < FEW:
         return f"With {per_class:,.0f} images a class go for variety: `--augmentation rand-augment`, more epochs."
     if per_class < MANY:

@@ -10,8 +10,7 @@ import numpy as np
 import tyro
 
 from models import GraftError
-from pipelines.batch import READ_FROM, answers_of, csv_rows, files_reader, input_rows, label_of, print_answers
-from pipelines.batch_texts import input_names, text_rows, texts_reader
+from pipelines.batch import answers_of, label_of, print_answers, what_to_ask
 from pipelines.console import console
 from serving.client import TIMEOUT_S, Client
 
@@ -19,6 +18,7 @@ INPUTS = {  # inputs of serving_default -> what an export of Graft's says of its
     ("image_bytes",): {},
     ("text",): {"pairs": False},
     ("text_a", "text_b"): {"pairs": True},
+    ("audio_bytes",): {"kind": "audio"},
 }
 
 
@@ -30,7 +30,7 @@ class AskConfig:
     """http://HOST:8501/v1/models/NAME (REST) or grpc://HOST:8500/NAME, where wanted with /versions/3 or /labels/stable
     after it."""
     inputs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Of an image model: image files, folders of images, or one CSV file with a column `path`. Of a text model: .txt
+    """Of an image or audio model: files, folders of them, or one CSV file with a column `path`. Of a text model: .txt
     files, or one CSV file with a column `text`."""
     text: tuple[str, ...] = ()
     """Texts to label, of a text model: --text "How do I sort a list?" """
@@ -71,7 +71,7 @@ def ask_server(argv: list[str]) -> int:
 
 
 def inputs_of(model, where: str) -> dict:
-    """What a Session or a Client takes, in the words of an export: {} for images, {"pairs": ...} for texts.
+    """What a Session or a Client takes, as an export says it: {} for images, {"pairs": ...} for texts, kind for sounds.
 
     Raises:
         GraftError: its serving_default takes something else, or does not answer with labels.
@@ -83,21 +83,9 @@ def inputs_of(model, where: str) -> dict:
         raise GraftError(
             f"{where}: its serving_default takes {', '.join(names) or 'nothing'} and gives "
             f"{', '.join(sorted(signature['outputs'])) or 'nothing'}; expected a classifier that Graft exported "
-            f"(image_bytes or text in; labels, scores, probabilities and error out)."
+            f"(image_bytes, audio_bytes or text in; labels, scores, probabilities and error out)."
         )
     return INPUTS[names]
-
-
-def what_to_ask(config, details: dict) -> tuple[list[dict], object, str]:
-    """What the command line names: its rows, a reader of them for `answers_of`, and the column that names a row."""
-    if "pairs" in details:
-        columns = [config.text_column, config.second_column][: 1 + details["pairs"]]
-        rows = text_rows(config.inputs, config.text, columns, csv_rows)
-        return rows, texts_reader(input_names(details), [[row[name] for row in rows] for name in columns]), columns[0]
-    if config.text:
-        raise GraftError("--text: this model takes images. Give image files, a folder, or a CSV file.")
-    rows = input_rows(config.inputs)
-    return rows, files_reader([row.pop(READ_FROM) for row in rows]), "path"
 
 
 def names_of(answers: list[dict]) -> list[str]:

@@ -55,13 +55,15 @@ def tfidf_baseline(splits, seed: int = 0) -> dict:
     }
 
 
-def baseline_verdict(headline: dict, baseline: dict) -> str:
+def baseline_verdict(headline: dict, baseline: dict, nouns: str = "texts") -> str:
     """What one would tell a colleague: how far the run's headline lies above a baseline's, or below."""
     words, gain = headline["metric"].replace("_", " "), headline["value"] - baseline["value"]
+    name = baseline["name"]
+    inside = name[0].lower() + name[1:] if name[1:2].islower() else name  # in a sentence; TF-IDF stays as it is
     if gain <= 0:
         how = "better" if gain else "as well"
-        return f"{baseline['name']} does {how} on the same texts: {words} {baseline['value']:.3f} ({-gain:+.3f})."
-    return f"{gain:+.3f} {words} over {baseline['name']} ({baseline['value']:.3f})."
+        return f"{name} does {how} on the same {nouns}: {words} {baseline['value']:.3f} ({-gain:+.3f})."
+    return f"{gain:+.3f} {words} over {inside} ({baseline['value']:.3f})."
 
 
 def term_weights(tables: list) -> list:

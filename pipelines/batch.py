@@ -10,57 +10,48 @@ import csv
 import dataclasses
 import json
 import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
 
 import rich.table
-import tyro
 
 from models import GraftError
 from pipelines import facts, runs
+from pipelines.batch_options import JobOptions, ModelInputs, parse
 from pipelines.batch_texts import input_names, shortened, text_rows, texts_reader
 from pipelines.console import console, progress_bar
+from pipelines.options import flat
+from pipelines.sounds import SOUND_SUFFIXES, wav_of
 from pipelines.sources import IMAGE_SUFFIXES
 
 BATCH = 32  # examples per call of the model
 
 
 @dataclasses.dataclass
-class PredictConfig:
+class PredictConfig(ModelInputs):
     """Label files or texts with a run's exported model: graft predict runs/photos new/ --out predictions.csv"""
 
-    run: tyro.conf.Positional[str]
-    """Run folder, or the folder of an exported version."""
-    inputs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Of an image model: image files, folders of images, or one CSV file with a column `path`. Of a text model: .txt
-    files, or one CSV file with a column `text`. The columns of a CSV file are kept."""
-    text: tuple[str, ...] = ()
-    """Texts to label, of a text model: --text "How do I sort a list?" """
-    text_column: str = "text"
-    """Column of a CSV file with the texts."""
-    second_column: str = "text_b"
-    """Column of a CSV file with the second texts, of a model that takes pairs."""
     out: str = ""
     """CSV file to write: the input's columns, then label (a|b where a model gives several), score (the largest
     probability, 0 to 1) and error; unsure (True or False) where a model marks answers."""
     probabilities: bool = False
-    """Also write one column per class with its probability."""
+    """Also write one column per class with its probability; shards hold them always."""
+    job: flat(JobOptions) = dataclasses.field(default_factory=JobOptions)
 
 
 def predict(argv: list[str]) -> int:
-    """`graft predict`: a table on the console, and a CSV file with --out."""
-    config = tyro.cli(PredictConfig, args=argv, prog="graft predict")
+    """`graft predict`: a table on the console, and a CSV file with --out; with --input, shards in --output."""
+    config, beam_flags = parse(PredictConfig, argv, prog="graft predict")
     version = runs.find_version(config.run)
+    if config.job.input:
+        from pipelines.batch_job import run_job
+
+        return run_job(config, version, "serving_default", beam_flags)
     details = read_details(version)
-    class_names, of_texts = details["class_names"], "pairs" in details
+    class_names = details["class_names"]
     if config.out and pathlib.Path(config.out).is_dir():
         raise GraftError(f"--out {config.out} is a folder; give the name of a CSV file.")
-    if of_texts:
-        columns = [config.text_column, config.second_column][: 1 + details["pairs"]]
-        rows = text_rows(config.inputs, config.text, columns, csv_rows)
-        read = texts_reader(input_names(details), [[row[column] for row in rows] for column in columns])
-    else:
-        columns = ["path"]
-        rows = input_rows(config.inputs)
-        read = files_reader([row.pop(READ_FROM) for row in rows])
+    rows, read, column = what_to_ask(config, details)
     answers = ask(version, len(rows), read)
     for row, answer in zip(rows, answers):
         row.update(label=label_of(answer, class_names), score=f"{answer['scores'][0]:.6f}", error=answer["error"])
@@ -72,23 +63,75 @@ def predict(argv: list[str]) -> int:
         runs.write_csv(pathlib.Path(config.out), rows, list(rows[0]))
         console.print(f"{len(rows):,} answers in {config.out}")
     else:
-        print_answers(rows, answers, columns[0])
-    failed = sum(bool(row["error"]) for row in rows)
-    if failed:
-        noun = "texts" if of_texts else "files"
-        console.print(f"[yellow]{failed:,} of {len(rows):,} {noun} have no answer; the column error says why.")
+        print_answers(rows, answers, column)
+    print_failed([row["error"] for row in rows], details)
     return 0
+
+
+def print_failed(errors: list[str], details: dict) -> None:
+    """Say how many have no answer, where there are any."""
+    failed = sum(bool(error) for error in errors)
+    if failed:
+        noun = "texts" if "pairs" in details else "files"
+        console.print(f"[yellow]{failed:,} of {len(errors):,} {noun} have no answer; the column error says why.")
+
+
+def what_to_ask(config, details: dict) -> tuple[list[dict], object, str]:
+    """What the command line names: its rows, a reader of them for `answers_of`, and the column that names a row.
+
+    config: whatever has inputs, text, text_column and second_column.
+    """
+    if "pairs" in details:
+        columns = [config.text_column, config.second_column][: 1 + details["pairs"]]
+        rows = text_rows(config.inputs, config.text, columns, csv_rows)
+        return rows, texts_reader(input_names(details), [[row[name] for row in rows] for name in columns]), columns[0]
+    if config.text:
+        raise GraftError(f"--text: this model takes {files_kind(details).noun}s. Give files, a folder, or a CSV file.")
+    rows = input_rows(config.inputs, details)
+    return rows, files_reader([row.pop(READ_FROM) for row in rows], details), "path"
 
 
 READ_FROM = object()  # key, in an input row, of the path to read; never a column
 
 
-def input_rows(inputs: tuple[str, ...]) -> list[dict]:
+class FilesKind(NamedTuple):
+    """Files of a kind that models take."""
+
+    noun: str
+    input: str  # of serving_default
+    suffixes: frozenset[str]
+    prepare: Callable[[bytes], bytes]  # bytes of a file -> what the model is sent
+
+
+def files_kind(details: dict) -> FilesKind:
+    """What files a model takes; `details` as the export says of itself."""
+    return FILE_KINDS["audio_bytes" if details.get("kind") == "audio" else "image_bytes"]
+
+
+def as_it_is(data: bytes) -> bytes:
+    return data
+
+
+def sent_sound(data: bytes) -> bytes:
+    """WAV that the served model reads as it is; FLAC, OGG, MP3, ADPCM in WAV and so on as such WAV."""
+    codec = int.from_bytes(data[data.find(b"fmt ") + 8 :][:2], "little")
+    plain = data[:4] in (b"RIFF", b"RF64") and codec in (1, 3, 0xFFFE)  # PCM, float, either with a longer header
+    return data if plain or not data else wav_of(data)
+
+
+FILE_KINDS = {  # by the input of serving_default
+    "image_bytes": FilesKind("image", "image_bytes", IMAGE_SUFFIXES, as_it_is),
+    "audio_bytes": FilesKind("clip", "audio_bytes", SOUND_SUFFIXES, sent_sound),
+}
+
+
+def input_rows(inputs: tuple[str, ...], details: dict) -> list[dict]:
     """What the command line names -> rows with the column path, and those of a CSV file.
 
     Raises:
         GraftError: nothing named, a file that does not exist, no images in a folder, a CSV without `path`.
     """
+    kind = files_kind(details)
     if len(inputs) == 1 and inputs[0].lower().endswith(".csv"):
         path = pathlib.Path(inputs[0])
         return [{**row, READ_FROM: path.parent / row["path"]} for row in csv_rows(path, ["path"])]
@@ -96,16 +139,16 @@ def input_rows(inputs: tuple[str, ...]) -> list[dict]:
     for name in inputs:
         path = pathlib.Path(name)
         if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            found = sorted(p for p in path.rglob("*") if p.suffix.lower() in kind.suffixes and p.is_file())
             if not found:
-                raise GraftError(f"{name}: no images in this folder.")
+                raise GraftError(f"{name}: no {kind.noun}s in this folder.")
             paths += found
         elif path.is_file():
             paths.append(path)
         else:
             raise GraftError(f"{name}: there is no such file or folder.")
     if not paths:
-        raise GraftError("Nothing to label: give image files, a folder, or a CSV file with a column `path`.")
+        raise GraftError(f"Nothing to label: give {kind.noun} files, a folder, or a CSV file with a column `path`.")
     return [{"path": str(path), READ_FROM: path} for path in paths]
 
 
@@ -125,12 +168,14 @@ def csv_rows(path: pathlib.Path, columns: list[str]) -> list[dict]:
     return rows
 
 
-def files_reader(paths: list[pathlib.Path]):
-    """A function: (start, stop) -> what an image model is asked, and why a file could not be read, "" where it was."""
+def files_reader(paths: list[pathlib.Path], details: dict):
+    """A function: (start, stop) -> what a model of files is asked, and why a file could not be read ("" if it was)."""
+
+    kind = files_kind(details)
 
     def read(start: int, stop: int):
         batch = [read_bytes(path) for path in paths[start:stop]]
-        return {"image_bytes": [data for data, _ in batch]}, [error for _, error in batch]
+        return {kind.input: [kind.prepare(data) for data, _ in batch]}, [error for _, error in batch]
 
     return read
 
@@ -157,20 +202,24 @@ def answers_of(model, count: int, read) -> list[dict]:
         task = bar.add_task("answers", total=count, note="")
         for start in range(0, count, BATCH):
             asked, errors = read(start, start + BATCH)
-            outputs = model.run("serving_default", asked)
-            for index, read_error in enumerate(errors):
-                answers.append(
-                    {
-                        "labels": [label.decode() for label in outputs["labels"][index]],
-                        "scores": outputs["scores"][index],
-                        "probabilities": outputs["probabilities"][index],
-                        "chosen": outputs["chosen"][index] if "chosen" in outputs else None,
-                        "unsure": bool(outputs["unsure"][index]) if "unsure" in outputs else None,
-                        "error": read_error or outputs["error"][index].decode(),
-                    }
-                )
+            answers += answers_in(model.run("serving_default", asked), errors)
             bar.update(task, advance=len(errors))
     return answers
+
+
+def answers_in(outputs: dict, errors: list[str]) -> list[dict]:
+    """The outputs of `serving_default` for one batch, as one dict per example; errors: of reading, "" where fine."""
+    return [
+        {
+            "labels": [label.decode() for label in outputs["labels"][index]],
+            "scores": outputs["scores"][index],
+            "probabilities": outputs["probabilities"][index],
+            "chosen": outputs["chosen"][index] if "chosen" in outputs else None,
+            "unsure": bool(outputs["unsure"][index]) if "unsure" in outputs else None,
+            "error": read_error or outputs["error"][index].decode(),
+        }
+        for index, read_error in enumerate(errors)
+    ]
 
 
 def label_of(answer: dict, class_names: list[str]) -> str:

@@ -16,8 +16,9 @@ class ProgressPrinter(keras.callbacks.Callback):
         self.bar = progress_bar()
         self.bar.start()
         total = self.params["epochs"] * self.params["steps"]
-        self.task = self.bar.add_task("training", total=total, note="")
-        self.epochs_done = 0
+        self.epochs_done, steps_done = self.params.get("done", (0, 0))  # by an earlier process
+        done = self.epochs_done * self.params["steps"] + steps_done
+        self.task = self.bar.add_task("training", total=total, completed=done, note="")
 
     def on_train_batch_end(self, batch, logs=None):
         self.bar.update(self.task, advance=1, note=f"loss {logs['loss']:.3f}  accuracy {logs['accuracy']:.3f}")

@@ -13,8 +13,8 @@ from rich.markup import escape
 
 from models import GraftError
 from pipelines import runs
-from pipelines.ask import AskConfig, inputs_of, names_of, what_to_ask
-from pipelines.batch import answers_of, read_details, short
+from pipelines.ask import AskConfig, inputs_of, names_of
+from pipelines.batch import answers_of, read_details, short, what_to_ask
 from pipelines.batch_texts import shortened
 from pipelines.console import console
 from pipelines.rescore import find_labelled, name_of, reader_of

@@ -48,7 +48,7 @@ def flat_config(config) -> dict:
     flat_dict = {}
     for group in dataclasses.fields(config):
         flat_dict.update(dataclasses.asdict(getattr(config, group.name)))
-    for about_this_command in ("config", "print_config"):
+    for about_this_command in ("config", "print_config", "resume"):
         flat_dict.pop(about_this_command)
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat_dict.items()}
 
@@ -128,9 +128,11 @@ def check_config(config) -> None:
 
 RANGES = (  # flags, what must hold, how to say it
     (("head_epochs", "batch_size", "accumulation_steps", "patience", "views"), lambda v: v >= 1, "1 or more"),
-    (("light_blocks",), lambda v: v >= 1, "1 or more"),
+    (("light_blocks", "steps_per_call"), lambda v: v >= 1, "1 or more"),
+    (("checkpoint_seconds",), lambda v: v > 0, "more than 0"),
     (("fine_tune_epochs", "image_size", "min_per_class", "seed"), lambda v: v >= 0, "0 or more"),
     (("weight_decay", "clip_norm", "mixup", "cutmix", "cache_memory"), lambda v: v >= 0, "0 or more"),
+    (("window_seconds",), lambda v: 0.05 <= v <= 60, "from 0.05 to 60"),
     (("head_learning_rate", "fine_tune_learning_rate"), lambda v: v > 0, "more than 0"),
     (("dropout", "label_smoothing", "warmup", "ema"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
     (("abstain_below_precision",), lambda v: 0 <= v < 1, "0 or more and less than 1"),

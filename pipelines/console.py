@@ -12,6 +12,8 @@ import rich.console
 import rich.progress
 import rich.table
 
+from pipelines.cluster import is_multi_worker
+
 console = rich.console.Console(highlight=False, soft_wrap=True)
 
 PHASE_TITLES = {
@@ -65,21 +67,25 @@ def start_tensorflow(seed: int) -> None:
         import keras
         import tensorflow as tf
 
-        tf.config.list_logical_devices()
+        if not is_multi_worker(os.environ):  # a worker's strategy must come before its devices
+            tf.config.list_logical_devices()
     keras.utils.set_random_seed(seed)
 
 
 def print_trainable_table(name: str, rows: list[dict]) -> None:
     """Print the rows of `models.freezing.trainable_table`; the frozen blocks below share a line."""
     table = rich.table.Table(title=f"{PHASE_TITLES[name]}: what trains", box=rich.box.SIMPLE_HEAD, title_justify="left")
-    table.add_column("block", no_wrap=True)
-    for column in ("parameters", "trainable", "learning rate", "BatchNorm"):
+    # A terminal of 80 columns holds the names of transformer layers too where nothing is said of BatchNorm.
+    norms = any(row["batch_norm"] != "none" for row in rows)
+    table.add_column("block", overflow="fold")
+    for column in ("parameters", "trainable", "learning rate", *(["BatchNorm"] if norms else [])):
         table.add_column(column, justify="right", no_wrap=True)
     frozen = [row for row in rows if not row["trainable_parameters"]]
     if frozen:
         title = frozen[0]["name"] if len(frozen) == 1 else f"{frozen[0]['name']} to {frozen[-1]['name']}"
         parameters = sum(row["parameters"] for row in frozen)
-        table.add_row(f"[dim]{title}", f"[dim]{parameters:,}", "[dim]frozen", "", "[dim]frozen")
+        cells = title, f"{parameters:,}", "frozen", "", *(["frozen"] if norms else [])
+        table.add_row(*cells, style="dim")
     for row in rows:
         if row["trainable_parameters"]:
             table.add_row(
@@ -87,6 +93,6 @@ def print_trainable_table(name: str, rows: list[dict]) -> None:
                 f"{row['parameters']:,}",
                 f"{row['trainable_parameters']:,}",
                 f"{row['learning_rate']:.2e}" if row["learning_rate"] else "L-BFGS",
-                "" if row["batch_norm"] == "none" else row["batch_norm"],
+                *(["" if row["batch_norm"] == "none" else row["batch_norm"]] if norms else []),
             )
     console.print(table)

@@ -142,6 +142,8 @@ def dataset(
     seed: int = 0,
     mixup: float = 0.0,
     cutmix: float = 0.0,
+    first_batch: int = 0,
+    shard: tuple[int, int] = (0, 1),
 ):
     """A table as a tf.data of full batches: (inputs, targets [b, classes], weights [b], rows [b] int32), float32.
 
@@ -155,13 +157,17 @@ def dataset(
         training: shuffled by `permutation`, else in the table's order.
         mixup, cutmix: A of Beta(A, A), as `pipelines.augmentation.mix_batch` takes them; 0 for off. Batches are mixed
             here, before they are shared out, so the mixture is the same on any number of replicas.
+        first_batch: batches before it are left out, and cost nothing: where a resumed epoch goes on.
+        shard: (number of a worker, workers): its share of each batch, [batch_size / workers].
     """
     import tensorflow as tf
 
     from pipelines.augmentation import mix_batch
 
     rows, real = epoch_batches(np.zeros(table.num_rows, int), batch_size, epoch, training, seed)
-    rows, real = rows.ravel(), real.ravel()
+    # Mixing needs the whole batch; its share is taken afterwards.
+    own = share_of(batch_size, (0, 1) if mixup or cutmix else shard)
+    rows, real = rows[first_batch:, own].ravel(), real[first_batch:, own].ravel()
     targets = targets_of(table, class_count)[rows]
     weights = table["weight"].to_numpy()[rows] * real
     paths = np.array(table["path"].to_pylist(), dtype=object)[rows]
@@ -174,7 +180,8 @@ def dataset(
 
     @tf.autograph.experimental.do_not_convert
     def mix(index, batch):
-        return *mix_batch(*batch, tf.stack([epoch_seed, tf.cast(index, tf.int32)]), mixup, cutmix), batch[-1]
+        mixed = *mix_batch(*batch, tf.stack([epoch_seed, tf.cast(index, tf.int32)]), mixup, cutmix), batch[-1]
+        return tuple(x[share_of(batch_size, shard)] for x in mixed)
 
     slices = (
         paths.astype(str),
@@ -186,11 +193,17 @@ def dataset(
     batches = (
         tf.data.Dataset.from_tensor_slices(slices)
         .map(load_example, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-        .batch(batch_size, drop_remainder=True)
+        .batch(own.stop - own.start, drop_remainder=True)
     )
     if mixup or cutmix:
-        batches = batches.enumerate().map(mix, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        batches = batches.enumerate(first_batch).map(mix, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
     return batches.prefetch(tf.data.AUTOTUNE)
+
+
+def share_of(batch_size: int, shard: tuple[int, int]) -> slice:
+    """Where the share of a worker lies in each batch; shard: (number of the worker, workers)."""
+    index, count = shard
+    return slice(batch_size * index // count, batch_size * (index + 1) // count)
 
 
 def epoch_batches(part_of: np.ndarray, batch_size: int, epoch: int, training: bool, seed: int):
@@ -228,6 +241,9 @@ def cached_dataset(
     training: bool = False,
     seed: int = 0,
     trim: bool = False,
+    first_batch: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    windows: bool = False,
 ):
     """As `dataset`, the inputs being rows of arrays that are at hand: a tuple of tensors [b, ...].
 
@@ -238,11 +254,15 @@ def cached_dataset(
             (parts, part, indices) -> tensors.
         part_of, places: [n] int, in which part each row of the table lies, and where in its arrays.
         trim: leave the padding out: batches that are not full, of which each part has one, are smaller. For one device.
+        windows: the first axis of an example stays open, though all should have as many: others of the same phase,
+            which the same step must take, may have one.
     """
     import tensorflow as tf
 
     load = getattr(parts[0][0], "load", None)
     rows, real = epoch_batches(part_of, batch_size, epoch, training, seed)
+    own = share_of(batch_size, shard)
+    rows, real, batch_size = rows[first_batch:, own], real[first_batch:, own], own.stop - own.start
     weights = (table["weight"].to_numpy()[rows] * real).astype(np.float32)
     targets = targets_of(table, class_count)[rows]
     slices = (part_of[rows[:, 0]], places[rows], targets, weights, np.where(real, rows, -1).astype(np.int32))
@@ -263,8 +283,11 @@ def cached_dataset(
     dtypes = [tf.as_dtype(array.dtype) for array in parts[0]]
     dimensions = [list(zip(*(array.shape[1:] for array in same))) for same in zip(*parts)]
     shapes = [
-        (None if trim else batch_size, *(dim[0] if len(set(dim)) == 1 else None for dim in dims)) for dims in dimensions
+        [None if trim else batch_size, *(dim[0] if len(set(dim)) == 1 else None for dim in dims)] for dims in dimensions
     ]
+    for shape in shapes if windows else ():
+        if len(shape) > 2:
+            shape[1] = None
     batches = tf.data.Dataset.from_tensor_slices(slices)
     return batches.map(read, num_parallel_calls=2, deterministic=True).prefetch(tf.data.AUTOTUNE)
 

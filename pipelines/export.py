@@ -11,6 +11,7 @@ import tyro
 from models import GraftError
 from pipelines import facts, runs
 from pipelines.console import console
+from pipelines.results import NOTE
 
 
 @dataclasses.dataclass
@@ -26,20 +27,24 @@ def export_run(argv: list[str]) -> int:
     run_dir = pathlib.Path(tyro.cli(ExportConfig, args=argv, prog="graft export").run)
     if not (run_dir / "config.yaml").is_file():
         raise GraftError(
-            f"{run_dir} is not a run folder: it holds no config.yaml. Give the folder that `graft image` or "
-            f"`graft text` wrote."
+            f"{run_dir} is not a run folder: it holds no config.yaml. Give the folder that `graft image`, "
+            f"`graft text` or `graft audio` wrote."
         )
     checkpoint = runs.find_checkpoint(run_dir)
     if checkpoint is None:
         raise GraftError(
             f"{run_dir} holds no saved weights: its training stopped before the first epoch ended. Train again."
         )
+    (run_dir / NOTE).unlink(missing_ok=True)  # a version of its own, even where a stopped run has published one
     state = json.loads((run_dir / "checkpoints" / "state.json").read_text())
     with runs.explained(run_dir):
-        if "text" in state.get("inputs", ()):
+        if state.get("kind") == "audio":
+            from pipelines.audio import export_again
+        elif "text" in state.get("inputs", ()):
             from pipelines.text import export_again
         else:
             from pipelines.image import export_again
         version, checked = export_again(run_dir, state)
+    (run_dir / NOTE).unlink(missing_ok=True)
     console.print(f"Exported the weights of {checkpoint.name} to {version}\n{facts.served_line(checked)}")
     return 0

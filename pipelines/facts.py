@@ -12,11 +12,11 @@ import time
 
 import numpy as np
 
-from pipelines import guards, ladder
+from pipelines import guards, ladder, recovery
 from pipelines.config import flat_config
 from pipelines.console import console
 
-NOUNS = {"image": "images", "text": "texts"}  # what the examples of each kind of data are called
+NOUNS = {"image": "images", "text": "texts", "audio": "clips"}  # what the examples of each kind of data are called
 
 
 class Clock:
@@ -34,14 +34,16 @@ class Clock:
 def about_run(config, splits, backbone, phases: list[dict], metrics: dict, kind: str = "image") -> dict:
     """The facts that every kind of run has in common, as `pipelines.report.write_report` takes them.
 
-    kind: "image" or "text", which is also the word of the command.
+    kind: "image", "text" or "audio", which is also the word of the command.
     """
     return {
         "title": os.path.basename(os.path.normpath(config.input.data)),
         "kind": kind,
         "created": now(),
         "command": f"graft {kind} " + " ".join(changed_flags(config)),
-        "verdicts": verdicts(phases, config.model.depth) + guards.verdicts(phases, config.guards.forgetting_limit),
+        "verdicts": verdicts(phases, config.model.depth)
+        + guards.verdicts(phases, config.guards.forgetting_limit)
+        + recovery.verdicts(phases),
         **({"climb": ladder.story(phases)} if config.model.depth == "auto" else {}),
         "forgetting": guards.story(phases, config.guards.forgetting_limit),
         "warnings": splits.warnings,
@@ -260,7 +262,8 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, r
     mistakes = len(gathered["mistakes"])
     look = f"{mistakes} worst mistake{'s' if mistakes > 1 else ''}" if mistakes else "no mistakes on the test set"
     noun = NOUNS[gathered["kind"]]
-    inputs = "FILES" if gathered["kind"] == "image" else "FILE.csv"
+    of_texts = gathered["kind"] == "text"
+    inputs = "FILE.csv" if of_texts else "FILES"
     verdicts = gathered["verdicts"]
     if gathered["transfer"]["verdict"] == "hurts":
         console.print(f"[bold yellow]{verdicts[0]}")
@@ -269,7 +272,7 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, r
         f"[bold]{headline(gathered['metrics']['test'])}[/] on {gathered['examples']['test']:,} test {noun}. "
         f"{' '.join(verdicts)}\n"
         f"Look first: {look}   {report}\n"
-        f"{served_line(checked, 'files' if gathered['kind'] == 'image' else noun)}   {version}\n"
+        f"{served_line(checked, noun if of_texts else 'files')}   {version}\n"
         f"Try it:   graft predict {shlex.quote(str(run_dir))} {inputs}\n"
         f"          docker run -p 8501:8501 -v {shlex.quote(f'{version.parent.absolute()}:/models/{name}')} "
         f"-e MODEL_NAME={name} tensorflow/serving:2.20.0"

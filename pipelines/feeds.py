@@ -18,6 +18,7 @@ from models.classifier import Classifier
 from models.split import split
 from pipelines.cache import Activations, Rows
 from pipelines.data import Splits, cached_dataset, dataset
+from pipelines.distribute import shard_of
 from pipelines.frozen_part import Examples, FrozenPart, unwrapped
 
 UNCHANGED = ("none", 0.0)  # augmentation and random erasing
@@ -28,8 +29,9 @@ class Feed:
     """What a phase trains on, and the part of the model that makes logits of it."""
 
     forward: Callable  # (inputs, training=False) -> logits [b, classes]
-    train_batches: Callable  # (epoch of the phase, epoch of the run) -> tf.data of an epoch of the training set
+    train_batches: Callable  # (epoch of the phase, epoch of the run, first batch=0) -> tf.data of an epoch of training
     batches: Callable  # table -> tf.data of a table, to validate and to test
+    # With several workers the two give this worker's share of each batch.
     features: Callable | None = None  # table -> `cache.Rows` of pooled features [n, d], where they are at hand
     pooled: Callable | None = None  # inputs -> pooled features [b, d], of a feed of phase 2
 
@@ -42,6 +44,7 @@ class Feeds:
         self.model, self.train, self.seed = model, train, config.training.seed
         self.fine_tuning, self.options = config.fine_tune, config.cache
         self.common = {"class_count": len(splits.class_names), "batch_size": config.training.batch_size}
+        self.own = {"shard": shard_of(strategy)}
         self.frozen = FrozenPart(
             model, splits.white_level, loader, read_inputs, config.cache, self.common, self.seed, strategy,
             steps=config.training.accumulation_steps,
@@ -61,21 +64,27 @@ class Feeds:
 
             def batches(table):
                 examples = self.examples_of(table)
-                return examples.batches(examples.inputs, table)
+                return examples.batches(examples.inputs, table, **self.own)
+
+            def train_batches(view, epoch, first=0):
+                if self.frozen.loader is None or (augmentation, random_erasing) == UNCHANGED:
+                    return self.learning.batches(self.learning.inputs, self.train, epoch, first, **self.own)
+                more = {"epoch": epoch, "view": view, "training": True, "seed": self.seed, "first_batch": first}
+                return dataset(self.train, self.frozen.load(augmentation), **more, **self.common, **self.own)
 
             return Feed(
                 lambda inputs, training=False: self.model(unwrapped(inputs), training=training),
-                lambda view, epoch: self.learning.batches(self.learning.inputs, self.train, epoch),
+                train_batches,
                 batches,
                 pooled=lambda inputs: self.model.features(unwrapped(inputs)),
             )
         load, plain = self.frozen.load(augmentation, random_erasing), self.frozen.load()
 
-        def train_batches(view, epoch):
-            more = {"epoch": epoch, "view": view, "training": True, "seed": self.seed}
-            return dataset(self.train, load, **more, **self.common, **mixing)
+        def train_batches(view, epoch, first=0):
+            more = {"epoch": epoch, "view": view, "training": True, "seed": self.seed, "first_batch": first}
+            return dataset(self.train, load, **more, **self.common, **self.own, **mixing)
 
-        batches = functools.partial(dataset, load=plain, **self.common)
+        batches = functools.partial(dataset, load=plain, **self.common, **self.own)
         return Feed(self.model, train_batches, batches, pooled=self.model.features)
 
     def head(self, cut: int) -> Feed:
@@ -90,11 +99,11 @@ class Feeds:
 
         def batches(table):
             examples = self.examples_of(table)
-            return examples.batches([examples.features(cut).arrays], table)
+            return examples.batches([examples.features(cut).arrays], table, **self.own)
 
         return Feed(
             lambda inputs, training=False: self.model.logits(inputs[0], training),
-            lambda view, epoch: self.learning.batches([learned.arrays], self.train, epoch),
+            lambda view, epoch, first=0: self.learning.batches([learned.arrays], self.train, epoch, first, **self.own),
             batches,
             features,
         )
@@ -115,17 +124,18 @@ class Feeds:
         def forward(inputs, training=False):
             return self.model.logits(self.model.features(list(inputs), training, suffix), training)
 
-        def batches(table, epoch=None):
+        def batches(table, epoch=None, first=0):
             examples = self.examples_of(table)
-            return examples.batches([part.arrays for part in examples.crossing(cut)], table, epoch)
+            return examples.batches([part.arrays for part in examples.crossing(cut)], table, epoch, first, **self.own)
 
-        def train_batches(view, epoch):
+        def train_batches(view, epoch, first=0):
             if not changed:
-                return batches(self.train, epoch)
+                return batches(self.train, epoch, first)
             # Each view is made when its epoch comes: a phase that stops early needs no more.
             found = self.view(cut, view % self.options.views, *changes) or self.view(cut, 0, *changes)
             places = np.arange(self.train.num_rows)
-            more = {"epoch": epoch, "training": True, "seed": self.seed}
+            more = {"epoch": epoch, "training": True, "seed": self.seed, "first_batch": first, **self.own}
+            more["windows"] = self.frozen.shape["windows"]
             return cached_dataset(self.train, [found.arrays], np.zeros_like(places), places, **more, **self.common)
 
         return Feed(

@@ -18,6 +18,7 @@ from pipelines import cache
 from pipelines.cache import Activations
 from pipelines.console import console, progress_bar
 from pipelines.data import cached_dataset, dataset
+from pipelines.distribute import local_strategy
 from pipelines.steps import gathered
 
 
@@ -34,10 +35,13 @@ class FrozenPart:
         """
         self.model, self.white_level, self.options = model, white_level, options
         self.loader, self.read_inputs = loader, read_inputs
-        self.batch, self.seed, self.strategy = batch, seed, strategy
+        # Each of several workers computes all that it has not: what is kept is then whole everywhere.
+        self.batch, self.seed, self.strategy = batch, seed, local_strategy(strategy)
         # Long texts are few: a batch of them that is mostly padding would take as long as all short ones.
         # Replicas and accumulated steps need parts of one size.
         self.trim = bool(read_inputs) and strategy.num_replicas_in_sync == 1 and steps == 1
+        # Sounds have both: parts of equally many windows as they are, and one random window where they are changed.
+        self.shape = {"trim": self.trim, "windows": bool(read_inputs and loader)}
         self.prefixes, self.steps = {}, {}  # made once: building and tracing take seconds
         self.memory_left = options.cache_memory * 1e9 or cache.MEMORY_SHARE * psutil.virtual_memory().available
         # Weights as they are now: phase 2 changes those above its cut, and asks for more afterwards.
@@ -177,8 +181,10 @@ class Examples:
         """Where the examples of a table lie among all."""
         return self.place_of[np.searchsorted(self.ids, table["id"].to_numpy())]
 
-    def batches(self, parts: list, table: pa.Table, epoch: int | None = None):
+    def batches(self, parts: list, table: pa.Table, epoch: int | None = None, first: int = 0, shard=(0, 1)):
         """Batches of a table from what is at hand, all in one array or by part; shuffled where an epoch is given.
+
+        first and shard as `first_batch` and `shard` of `pipelines.data.dataset`.
 
         The examples of a batch are of one part even where one array holds all: the same batches with and without cache.
         """
@@ -189,7 +195,8 @@ class Examples:
         else:
             parts = parts * (len(self.starts) - 1)
         more = {} if epoch is None else {"epoch": epoch, "training": True, "seed": self.frozen.seed}
-        return cached_dataset(table, parts, part_of, places, trim=self.frozen.trim, **more, **self.frozen.batch)
+        more |= {**self.frozen.shape, "first_batch": first, "shard": shard}
+        return cached_dataset(table, parts, part_of, places, **more, **self.frozen.batch)
 
     def raw_batches(self):
         """All examples as the model takes them, in order."""
@@ -265,7 +272,7 @@ class Examples:
             if batches is None:
                 rows = np.arange(table.num_rows)
                 first = np.zeros_like(rows)
-                batches = cached_dataset(table, [arrays], first, rows, trim=frozen.trim, **frozen.batch)
+                batches = cached_dataset(table, [arrays], first, rows, **frozen.shape, **frozen.batch)
             what = f"blocks {lower or 0} to {cut}"
             return frozen.run(what, part, batches) if self.collected is None else self._run_on(what, part, batches, cut)
 

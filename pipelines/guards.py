@@ -74,9 +74,12 @@ def nearest(features: np.ndarray, count: int) -> np.ndarray:
 class ForgettingGuard:
     """What a backbone was, and how far it is from that; called after each epoch of a phase that thaws some of it."""
 
-    def __init__(self, model, train, limit: float = 0.0):
-        """train: the training table; limit: least CKA that a phase may have, 0 for none."""
-        self.model, self.limit = model, limit
+    def __init__(self, model, train, limit: float = 0.0, summed=lambda found: found):
+        """train: the training table; limit: least CKA that a phase may have, 0 for none.
+
+        summed: of several workers, that have a share of the probe each: an array -> its sum over all.
+        """
+        self.model, self.limit, self.summed = model, limit, summed
         # By content, so that it is the same examples in every run on this data, and of all classes.
         self.probe = train.take(np.argsort(train["id"].to_numpy())[:PROBE_EXAMPLES])
         self.pretrained, self.values = None, {}  # features [n, d]; id of a weight -> (weight, pretrained value)
@@ -97,11 +100,11 @@ class ForgettingGuard:
 
     def features(self) -> np.ndarray:
         """Pooled features of the probe, [n, d] float32, by the weights as they are."""
-        found = np.empty((self.probe.num_rows, self.model.backbone.feature_size), np.float32)
+        found = np.zeros((self.probe.num_rows, self.model.backbone.feature_size), np.float32)
         for inputs, _, _, rows in self.batches:
             rows, values = rows.numpy(), np.asarray(self.pooled(inputs))
             found[rows[rows >= 0]] = values[rows >= 0]
-        return found
+        return self.summed(found)
 
     def weight_distances(self) -> dict[str, float]:
         """For each block that was thawed: the length of its weights' way from their start, over their length then."""

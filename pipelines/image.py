@@ -9,6 +9,7 @@ Reads top to bottom: `run` is the whole story. TensorFlow is imported after the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import sys
 import types
@@ -17,7 +18,7 @@ import numpy as np
 
 from models import GraftError
 from models.names import check_backbone_name, check_depth, known_blocks
-from pipelines import facts, runs
+from pipelines import facts, resume, runs
 from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
@@ -30,26 +31,35 @@ RUN_BYTES = 150_000_000  # free disk that a run of a small backbone needs: two c
 
 
 def main(argv: list[str]) -> int:
-    run(parse_config(argv))
+    config = parse_config(argv)
+    folder = resume.begun(config.run)
+    if folder:
+        return resume.go_on(folder)
+    run(config)
     return 0
 
 
-def run(config: ImageConfig) -> pathlib.Path:
-    """Train, evaluate, export, verify and report as `config` says; returns the run folder."""
+def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Path:
+    """Train, evaluate, export, verify and report as `config` says; returns the run folder.
+
+    resumed: the folder of a run that goes on.
+    """
     clock = facts.Clock()
-    found, run_dir = check_request(config)  # needs no TensorFlow: a mistake answers at once
+    found, run_dir = check_request(config, resumed)  # needs no TensorFlow: a mistake answers at once
     console.print(f"Data: {len(found):,} images in {config.input.data}")
     start_tensorflow(config.training.seed)
     from pipelines.callbacks import ProgressPrinter, tensorboard
-    from pipelines.distribute import make_strategy
+    from pipelines.distribute import from_chief, is_chief, leave, local_strategy, make_strategy, shard_of
     from pipelines.evaluate import check_positive
     from pipelines.label_checks import class_warnings, examiner
     from pipelines.leakage import check_copies
     from pipelines.prediction import predictor
+    from pipelines.recovery import Recovery
     from pipelines.training import fit_two_phase
     from pipelines.transfer import judge_transfer
 
-    strategy = make_strategy(config.training.distribute, config.training.devices)
+    strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
+    chief = is_chief(strategy)  # of several workers, the one that writes
     splits = load_images(found, config.input.min_per_class)
     check_positive(config.report.positive or None, config.report.specificity, splits.class_names)
     check_copies(splits, config.guards.strict)
@@ -71,25 +81,31 @@ def run(config: ImageConfig) -> pathlib.Path:
         """Test figures after each phase, for the report only: nothing is chosen by them."""
         facts.add_test_figures(phase, splits, logits_of(splits.test))
 
-    with runs.explained(run_dir):
+    with runs.explained(run_dir, shard_of(strategy)[1]):
         # The head only, then the top blocks too, then all: for as long as it pays, or as deep as --depth says.
-        runs.start_run_folder(run_dir, config, splits)
+        if chief:
+            runs.start_run_folder(run_dir, config, splits)
+        every_s = config.training.checkpoint_seconds
+        recovery = Recovery(run_dir if chief else None, every_s, functools.partial(from_chief, strategy))
         phases, logits_of = fit_two_phase(
             model,
             splits,
             loader,
             config,
             strategy,
-            callbacks=[ProgressPrinter(), tensorboard(run_dir)],
+            callbacks=[ProgressPrinter(), tensorboard(run_dir)] if chief else [],
             on_start=print_trainable_table,
-            on_best=lambda name, model: runs.save_checkpoint(model, run_dir, name),
+            on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
             on_end=test_phase,
-            on_features=examine,
+            on_features=examine if chief else None,
+            recovery=recovery,
         )
         clock.lap("training")
 
         # How good it is.
         scored = score(splits, logits_of, config)
+        if not chief:
+            return leave(strategy, run_dir)
         clock.lap("evaluation")
 
         # Whether what was pretrained was of use here at all.
@@ -98,19 +114,21 @@ def run(config: ImageConfig) -> pathlib.Path:
 
         # A version for TensorFlow Serving, verified before it gets its number.
         # What it must answer comes from the files through the whole model, nothing from the cache.
-        predict = predictor(model, strategy, loader("none"), config.training.batch_size)
+        predict = predictor(model, local_strategy(strategy), loader("none"), config.training.batch_size)
         samples = splits.test.slice(0, VERIFIED_EXAMPLES)
         version, checked = publish_images(model, splits, run_dir, samples, predict, *scored[2:])
         clock.lap("export and verification")
 
         findings = scored, version, checked, clock, transfer, examined
         gathered, report = write_results(run_dir, config, "image", splits, model.backbone, phases, *findings)
+        recovery.remove()
+        leave(strategy, run_dir)
     facts.print_ending(gathered, run_dir, version, report)
     check_strict(config, gathered, run_dir)
     return run_dir
 
 
-def check_request(config: ImageConfig):
+def check_request(config: ImageConfig, resumed: pathlib.Path | None = None):
     """What can be checked without TensorFlow; returns the images found and the run folder to make.
 
     Raises:
@@ -125,7 +143,7 @@ def check_request(config: ImageConfig):
     drop_small_classes(found, data.min_per_class)
     if is_multi_label(found):
         check_multi_label_flags(config, "image")
-    run_dir = runs.choose_run_folder(config.run.out, data.data)
+    run_dir = resumed or runs.choose_run_folder(config.run.out, data.data)
     runs.check_free_space(run_dir, RUN_BYTES)
     check_backbone_name(config.model.backbone)  # last: it may have to be downloaded
     return found, run_dir

@@ -16,26 +16,30 @@ FORMAT = 2  # raise it when `models.inputs.inspect_images` says other things of 
 AT_ONCE = 500  # paths per query: SQLite takes 999 parameters everywhere
 
 
-def inspect_files(paths: list[str], progress=lambda done: None) -> list[dict]:
+def inspect_files(paths: list[str], progress=lambda done: None, inspect=None, number=FORMAT) -> list[dict]:
     """As `models.inputs.inspect_images` says of each file, in order, and `id`: its content hash, "" where unreadable.
+
+    For other files than images, `inspect` does what that function does, and `number` is its own FORMAT. It may give
+    the id itself, and `file`, one in the cache that it has made: what is known counts for as long as that is there.
 
     What was found is kept in Graft's cache under the file's absolute path, size and time of change (nanoseconds); a
     file for which these are the same is not read again. TensorFlow starts only where something is new.
     """
     stamps = [_stamp(path) for path in paths]
     with contextlib.closing(_open()) as known:
-        found = _known(known, stamps)
+        found = _known(known, stamps, number)
         new = [index for index, stamp in enumerate(stamps) if stamp not in found]
         progress(len(paths) - len(new))
         if new:
-            from models import inputs  # TensorFlow
+            if inspect is None:
+                from models.inputs import inspect_images as inspect  # TensorFlow
 
             done_before = len(paths) - len(new)
-            facts = inputs.inspect_images([paths[i] for i in new], lambda done: progress(done_before + done))
+            facts = inspect([paths[i] for i in new], lambda done: progress(done_before + done))
             with concurrent.futures.ThreadPoolExecutor() as pool:
                 ids = list(pool.map(content_id, [paths[i] for i in new]))
-            fresh = {i: {**fact, "id": identity} for i, fact, identity in zip(new, facts, ids)}
-            rows = [(*stamps[i], FORMAT, json.dumps(fact)) for i, fact in fresh.items() if stamps[i] and fact["id"]]
+            fresh = {i: {"id": identity, **fact} for i, fact, identity in zip(new, facts, ids)}
+            rows = [(*stamps[i], number, json.dumps(fact)) for i, fact in fresh.items() if stamps[i] and fact["id"]]
             with contextlib.suppress(sqlite3.Error), known:  # a cache that cannot be written is no reason to stop
                 known.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?, ?)", rows)
         else:
@@ -76,7 +80,7 @@ def _open() -> sqlite3.Connection:
     return connection
 
 
-def _known(connection, stamps) -> dict[tuple, dict]:
+def _known(connection, stamps, number: int) -> dict[tuple, dict]:
     """{stamp: facts} of those files that are known as they are now."""
     found, paths = {}, [stamp[0] for stamp in stamps if stamp]
     with contextlib.suppress(sqlite3.Error):  # a damaged file knows nothing
@@ -84,6 +88,8 @@ def _known(connection, stamps) -> dict[tuple, dict]:
             part = paths[start : start + AT_ONCE]
             places = ",".join("?" * len(part))
             query = f"SELECT path, size, changed, facts FROM files WHERE format = ? AND path IN ({places})"
-            for path, size, changed, facts in connection.execute(query, (FORMAT, *part)):
-                found[path, size, changed] = json.loads(facts)
+            for path, size, changed, facts in connection.execute(query, (number, *part)):
+                facts = json.loads(facts)
+                if not facts.get("file") or os.path.isfile(facts["file"]):
+                    found[path, size, changed] = facts
     return found

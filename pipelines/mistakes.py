@@ -8,6 +8,7 @@ import numpy as np
 
 from pipelines import facts
 from pipelines.data import targets_of
+from pipelines.log_mel import is_sound, shown_sound
 
 SHOWN_MISTAKES = 12
 THUMBNAIL_SIDE = 192  # pixels
@@ -31,16 +32,20 @@ def worst_mistakes(
     else:
         mistakes = _wrong_choices(table, probabilities, class_names, thresholds)
     return [
-        with_input(table.slice(row, 1).to_pylist()[0], mistake, white_level, report_inputs)
-        for row, mistake in mistakes
+        with_input(table.slice(row, 1).to_pylist()[0], mistake, white_level, report_inputs) for row, mistake in mistakes
     ]
 
 
 def with_input(example: dict, mistake: dict, white_level: int, report_inputs: str) -> dict:
-    """A mistake with what it was made on: a path and its picture, or texts; neither where inputs are not shown."""
+    """A mistake with what it was made on; nothing of that where inputs are not shown.
+
+    A path and its picture; of a sound its spectrogram and what `pipelines.log_mel.shown_sound` gives; or texts.
+    """
     shown = {"id": example["id"], "path": None, **mistake, "picture": None}
     if report_inputs == "all" and "path" in example:
-        shown |= {"path": example["path"], "picture": thumbnail(example["path"], white_level)}
+        path = example["path"]
+        shown |= {"path": example.get("source") or path}
+        shown |= shown_sound(path) if is_sound(path) else {"picture": thumbnail(path, white_level)}
     elif report_inputs == "all":
         shown["texts"] = [shortened(example[name]) for name in ("text", "text_b") if name in example]
     return shown

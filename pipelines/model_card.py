@@ -24,6 +24,11 @@ ABOUT = {  # how the examples of each kind of data are spoken of
         "other": "texts from another source, of another style or time need",
         "skipped": "were empty and left out",
     },
+    "audio": {
+        "class": "is heard in a clip",
+        "other": "clips from another source, microphone, room or speaker need",
+        "skipped": "could not be read",
+    },
 }
 
 
@@ -96,6 +101,9 @@ def _input_size(backbone: dict) -> str:
     """What the backbone sees at most of an example, in words."""
     if "image_size" in backbone:
         return f", {backbone['image_size'][0]} x {backbone['image_size'][1]} pixels"
+    if "window_seconds" in backbone["preprocess"]:
+        heard = backbone["preprocess"]
+        return f", {heard['window_seconds']:g} s at {heard['sample_rate_hz']:,} Hz at once"
     tokens = backbone["preprocess"].get("sequence_length")
     return f", {tokens} tokens" if tokens else ""
 

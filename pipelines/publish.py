@@ -14,7 +14,7 @@ import tyro
 
 from models import GraftError
 from pipelines import runs
-from pipelines.batch import READ_FROM, csv_rows, input_rows, read_details
+from pipelines.batch import READ_FROM, csv_rows, files_kind, input_rows, read_details
 from pipelines.batch_texts import text_rows
 from pipelines.console import console
 from serving.config import MODELS_FILE
@@ -177,7 +177,7 @@ def test_fingerprint(run_dir: pathlib.Path) -> str:
 
 
 def warmup_samples(inputs: tuple[str, ...], details: dict) -> list:
-    """Real inputs of a model: bytes of image files or texts, tuples of bytes for pairs of texts.
+    """Real inputs of a model: bytes of files or texts, tuples of bytes for pairs of texts.
 
     Raises GraftError for files that cannot be read.
     """
@@ -188,6 +188,7 @@ def warmup_samples(inputs: tuple[str, ...], details: dict) -> list:
         ]
         return samples if details["pairs"] else [text for (text,) in samples]
     try:
-        return [pathlib.Path(row[READ_FROM]).read_bytes() for row in input_rows(inputs)]
+        prepare = files_kind(details).prepare
+        return [prepare(pathlib.Path(row[READ_FROM]).read_bytes()) for row in input_rows(inputs, details)]
     except OSError as error:
         raise GraftError(f"--warmup-from {error.filename}: cannot be read ({error.strerror})") from error

@@ -22,10 +22,12 @@ from models.names import RANDOM, check_backbone_name
 from pipelines import facts, runs
 from pipelines.advice import advice
 from pipelines.console import console, start_tensorflow
-from pipelines.options import CacheOptions, ImageConfig, TextConfig, flat
+from pipelines.options import AudioConfig, CacheOptions, ImageConfig, TextConfig, flat
+from pipelines.sounds import find_sounds, load_sounds, sound_parts
 from pipelines.sources import find_images
 from pipelines.texts import find_texts
 
+KINDS = ("image", "text", "audio")
 SIZED = re.compile(r"(?!hf://)(.+)@(\d+)")
 TIMED_EXAMPLES = 32  # one batch, whose time per example is what a backbone costs
 TIMES = 3  # the batch runs so often; the quickest counts
@@ -42,13 +44,13 @@ class RankConfig:
     """
 
     data: str = "textures"
-    """What `graft image` or `graft text` would learn from: folder, manifest, or an offline set: textures, digits,
-    topics."""
+    """What `graft image`, `graft text` or `graft audio` would learn from: folder, manifest, or an offline set:
+    textures, digits, topics, spoken_words."""
     backbones: str = ""
-    """Names with commas between, as --backbone takes them. NAME@160 is a model at 160 pixels, or of 160 tokens;
-    random:NAME has random weights, so that one sees what pretraining is worth. (empty: the offline ones of this kind of
-    data, each beside its random copy)"""
-    kind: Literal["auto", "image", "text"] = "auto"
+    """Names with commas between, as --backbone takes them. NAME@160 is a model at 160 pixels, or of 160 tokens (NAME@3:
+    of 3 seconds of sound); random:NAME has random weights, so that one sees what pretraining is worth. (empty: the
+    offline ones of this kind of data, each beside its random copy)"""
+    kind: Literal["auto", "image", "text", "audio"] = "auto"
     """What the examples are (auto: found from the data)."""
     examples: int = 2000
     """Most training and validation examples that are looked at, as many of each class as its share."""
@@ -94,7 +96,8 @@ def rank(argv: list[str]) -> int:
     from pipelines.ranking import print_table
     from pipelines.texts import load_texts
 
-    splits = load_images(found, config.min_per_class) if kind == "image" else load_texts(found, config.min_per_class)
+    load = {"image": load_images, "text": load_texts, "audio": load_sounds}[kind]
+    splits = load(found, config.min_per_class)
     sample = stratified_sample(splits, config.examples, config.seed)
     console.print(f"      a sample of {sample.num_rows:,}, none of the test set; {len(splits.class_names)} classes")
     clock.lap("data")
@@ -134,21 +137,22 @@ def check_request(config: RankConfig) -> tuple[str, list]:
     if kind != "auto":
         return kind, find_examples(config, kind)
     problems = {}
-    for kind in ("image", "text"):
+    for kind in KINDS:
         try:
             return kind, find_examples(config, kind)
         except GraftError as error:
             problems[kind] = error
     raise GraftError(
-        f"--data {config.data} is neither images nor texts to learn from. As images: {problems['image']} "
-        f"As texts: {problems['text']} Say which it is with --kind image or --kind text."
+        f"--data {config.data} is neither images nor texts nor clips to learn from. As images: {problems['image']} "
+        f"As texts: {problems['text']} As clips: {problems['audio']} Say which it is with --kind."
     )
 
 
 def find_examples(config: RankConfig, kind: str) -> list:
     """What `graft image` or `graft text` would find."""
-    if kind == "image":
-        return find_images(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
+    if kind in ("image", "audio"):
+        find = find_images if kind == "image" else find_sounds
+        return find(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
     columns = config.text_column, config.second_column, config.label_column, config.group_column
     return find_texts(config.data, *columns, config.data_dir)
 
@@ -224,17 +228,20 @@ def frozen_part(name: str, kind: str, splits, config: RankConfig):
     """The backbone `name` with what feeds and caches it, as training would have it."""
     import tensorflow as tf
 
-    from pipelines import image, text
+    from pipelines import audio, image, text
     from pipelines.data import image_loader
     from pipelines.frozen_part import FrozenPart
     from pipelines.tokens import token_parts
 
     base, size = name_and_size(name)
-    options = ImageConfig() if kind == "image" else TextConfig()
+    options = {"image": ImageConfig, "text": TextConfig, "audio": AudioConfig}[kind]()
     options.model.backbone, options.model.depth, options.training.seed = base, "head", config.seed
     if kind == "image":
         options.model.image_size = size
         model = image.build_model(options, splits.class_names, splits.multi_label)
+    elif kind == "audio":
+        options.model.window_seconds = size or options.model.window_seconds
+        model = audio.build_model(options, splits.class_names, splits.multi_label)
     else:
         options.model.sequence_length = size or options.model.sequence_length
         options.input.second_column = config.second_column
@@ -245,7 +252,7 @@ def frozen_part(name: str, kind: str, splits, config: RankConfig):
         return image_loader(preprocess, splits.white_level, augmentation, 0.0, splits.plain)
 
     def read_inputs(table):
-        return token_parts(table, preprocess)
+        return (sound_parts if kind == "audio" else token_parts)(table, preprocess)
 
     feeding = (loader, None) if kind == "image" else (None, read_inputs)
     batch = {"class_count": len(splits.class_names), "batch_size": options.training.batch_size}

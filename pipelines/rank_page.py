@@ -52,7 +52,7 @@ def train_command(ranked: dict) -> str:
     from pipelines.rank import name_and_size
 
     base, size = name_and_size(ranked["recommended"])
-    flag = {"image": "--image-size", "text": "--sequence-length"}[ranked["kind"]]
+    flag = {"image": "--image-size", "text": "--sequence-length", "audio": "--window-seconds"}[ranked["kind"]]
     sized = f" {flag} {size}" if size else ""
     return f"graft {ranked['kind']} --data {shlex.quote(ranked['data'])} --backbone {shlex.quote(base)}{sized}"
 

@@ -21,6 +21,7 @@ MAGIC_BYTES = (
     (b"GIF8", ".gif"),
     (b"BM", ".bmp"),
     (b"RIFF....WEBP", ".webp"),
+    (b"RIFF....WAVE", ".wav"),
     (b"II\\*\x00", ".tif"),
     (b"MM\x00\\*", ".tif"),
     (b"....ftyphei", ".heic"),
@@ -29,11 +30,11 @@ MAGIC_BYTES = (
 
 
 class Record(NamedTuple):
-    """One image of a set."""
+    """One image of a set, or one sound."""
 
     split: str  # train, val, test, or "" where Graft splits
     labels: tuple[str, ...] | None  # None: not labelled
-    image: bytes | pathlib.Path  # an encoded image, or the file where it lies already
+    image: bytes | pathlib.Path  # an encoded image, a WAV file, or the file where it lies already
     group: str = ""
 
 
@@ -54,7 +55,7 @@ def set_key(files: Iterable[pathlib.Path], *facts: str) -> str:
     return hashlib.sha256(json.dumps([facts, stamps]).encode()).hexdigest()[:12]
 
 
-def write_once(name: str, count: int, records: Callable[[], Iterable[Record]]) -> list[Example]:
+def write_once(name: str, count: int, records: Callable[[], Iterable[Record]], noun: str = "images") -> list[Example]:
     """The records as files `SPLIT/CLASS/NUMBER.png` (or .jpg, ...) in the cache, and their examples by path.
 
     The bytes are written as they are, on first use; later calls read only the list. Whole or absent, as all
@@ -64,6 +65,7 @@ def write_once(name: str, count: int, records: Callable[[], Iterable[Record]]) -
         name: of the folder in the cache: it must change when the set does (`set_key`).
         count: of the records, for the progress bar.
         records: called where the folder is not there yet.
+        noun: what they are called in messages.
 
     Raises:
         GraftError: no labelled image, or no room for the files.
@@ -72,7 +74,7 @@ def write_once(name: str, count: int, records: Callable[[], Iterable[Record]]) -
     def row_of(folder, number, record):
         return [record.split, record.labels, str(_write_image(folder, number, record)), record.group]
 
-    folder, rows = _rows_once(name, count, records, row_of, "images")
+    folder, rows = _rows_once(name, count, records, row_of, noun)
     found = [Example(split, tuple(labels), str(folder / path), group) for split, labels, path, group in rows]
     return sorted(found, key=lambda example: example.path)
 

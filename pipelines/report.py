@@ -25,6 +25,7 @@ PICTURE_TYPES = {
     b"GIF8": "image/gif",
     b"RIFF": "image/webp",
 }
+FILES = {"image": ("new-pictures/", "picture.jpg"), "audio": ("new-clips/", "clip.wav")}  # kind -> names in examples
 TIMING_TITLES = {
     "data": "Reading and checking the data",
     "head": "Training the head",
@@ -88,7 +89,7 @@ def render(facts, run_dir=".") -> str:
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {
         "percent": percent, "decimal": decimal, "count": count, "duration": duration, "rate": rate,
-        "probability": probability, "data_uri": data_uri, "phase_title": plots.phase_title,
+        "probability": probability, "data_uri": data_uri, "sound_uri": sound_uri, "phase_title": plots.phase_title,
     }  # fmt: skip
     split = "test" if facts["metrics"].get("test") else "val"
     figures = facts["metrics"][split]
@@ -253,11 +254,12 @@ def serving_commands(serving, kind, run_dir) -> dict | None:
         "docker": f"docker run --rm -p 8501:8501 -e MODEL_NAME={name} \\\n"
         f"  -v {here}{path}:/models/{name} tensorflow/serving:{serving['target']}.0"
     }
-    if kind == "image":
-        commands["predict"] = f"graft predict {shlex.quote(str(run_dir))} new-pictures/ --out predictions.csv"
+    if kind in FILES:
+        folder_of_new, file = FILES[kind]
+        commands["predict"] = f"graft predict {shlex.quote(str(run_dir))} {folder_of_new} --out predictions.csv"
         # Through a pipe, because an encoded photograph is too long for a command line.
         commands["curl"] = (
-            """(printf '{"instances": [{"b64": "'; base64 < picture.jpg | tr -d '\\n'; printf '"}]}') |\n"""
+            f"""(printf '{{"instances": [{{"b64": "'; base64 < {file} | tr -d '\\n'; printf '"}}]}}') |\n"""
             f"  curl -d @- http://localhost:8501/v1/models/{name}:predict"
         )
     if kind == "text":
@@ -311,6 +313,11 @@ def duration(seconds) -> str:
     if minutes < 1:
         return f"{rest} s"
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def sound_uri(sound) -> str:
+    """The bytes of a WAV file -> a data: address."""
+    return f"data:audio/wav;base64,{base64.b64encode(sound).decode()}"
 
 
 def data_uri(picture) -> str:

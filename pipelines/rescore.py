@@ -19,6 +19,7 @@ from pipelines.data import targets_of
 from pipelines.inspections import content_id
 from pipelines.manifests import Example
 from pipelines.mistakes import worst_mistakes
+from pipelines.sounds import find_sounds
 from pipelines.sources import find_images, is_multi_label
 
 
@@ -66,7 +67,7 @@ def evaluate_run(argv: list[str]) -> int:
     out = runs.choose_run_folder(
         config.out or str(runs.free_name(pathlib.Path(config.run) / "evaluations", config.data)), ""
     )
-    kind = "text" if "pairs" in details else "image"
+    kind = "text" if "pairs" in details else details.get("kind", "image")
     answers = ask(version, len(found), reader_of(found, details))
     skipped = [{"path": name_of(e), "reason": a["error"]} for e, a in zip(found, answers) if a["error"]]
     if len(skipped) == len(found):
@@ -97,7 +98,7 @@ def evaluate_run(argv: list[str]) -> int:
     runs.write_csv(out / "skipped.csv", skipped, ["path", "reason"])
     rows = [
         {
-            ("path" if kind == "image" else "example"): name_of(example),
+            ("example" if kind == "text" else "path"): name_of(example),
             "true": facts.chosen_labels(class_names, truth > 0),
             "label": label_of(answer, class_names),
             "score": f"{answer['scores'][0]:.6f}",
@@ -121,7 +122,7 @@ def reader_of(found: list, details: dict):
     if "pairs" in details:
         columns = [[example.text for example in found], [example.text_b for example in found]]
         return texts_reader(input_names(details), columns[: 1 + details["pairs"]])
-    return files_reader([pathlib.Path(example.path) for example in found])
+    return files_reader([pathlib.Path(example.path) for example in found], details)
 
 
 def labelled_files(config: EvaluateConfig, details: dict) -> list:
@@ -157,11 +158,12 @@ def labelled_files(config: EvaluateConfig, details: dict) -> list:
 
 
 def find_labelled(config, details: dict) -> list:
-    """The labelled examples of --data, images or texts as the model takes: the test part where the data has one."""
+    """The labelled examples of --data, of the kind that the model takes: the test part where the data has one."""
     if "pairs" in details:
         found = labelled_texts(config, details)
     else:
-        found = find_images(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
+        find = find_sounds if details.get("kind") == "audio" else find_images
+        found = find(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
     if any(example.split for example in found):
         found = [example for example in found if example.split == "test"] or found
     return found

@@ -33,6 +33,18 @@ def score(splits, logits_of, config) -> tuple[dict, dict, np.ndarray | None, dic
     return logits, facts.metrics_of(splits, logits, thresholds, config), thresholds, calibration
 
 
+NOTE = "checkpoints/resume/published.json"  # what was checked of a version that is about to get its number
+
+
+def published_before(folder: pathlib.Path, note: pathlib.Path) -> tuple[pathlib.Path, dict] | None:
+    """The version that a run had published when it was killed, and what was checked of it; None without."""
+    if not note.is_file():
+        return None
+    noted = json.loads(note.read_text())
+    new = sorted({path.name for path in folder.glob("[0-9]*")} - set(noted["before"]), key=int)
+    return (folder / new[0], noted["checked"]) if new else None
+
+
 def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwise=None) -> tuple[pathlib.Path, dict]:
     """Export to RUN/serving/NAME/NUMBER, verified on examples before it gets its number.
 
@@ -48,17 +60,23 @@ def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwis
     from serving.new_version import publish_version
     from serving.verify import VerificationError, verify
 
-    checked = {}
+    folder, note = run_dir / "serving" / runs.serving_name(run_dir), run_dir / NOTE
+    earlier = published_before(folder, note)
+    if earlier:
+        return earlier
+    checked, before = {}, sorted(path.name for path in folder.glob("[0-9]*"))
 
     def write_and_note(folder):
         checked["weights"] = write(folder)["kept_as"]
 
-    def check(folder):
-        checked.update(verify(folder, samples, probabilities))
+    def check(temporary):
+        checked.update(verify(temporary, samples, probabilities))
+        if note.parent.is_dir():  # of a run that can be resumed
+            runs.write_json(note, {"before": before, "checked": checked})
 
     try:
         with console.status("exporting and verifying the SavedModel"):
-            version = publish_version(write_and_note, run_dir / "serving" / runs.serving_name(run_dir), check)
+            version = publish_version(write_and_note, folder, check)
     except VerificationError as error:
         if otherwise is None or checked["weights"] == "variables":
             raise
@@ -85,7 +103,7 @@ def write_results(
     """Write the report, the model card and, last, metrics.json: a run that has it is complete.
 
     Args:
-        kind: "image" or "text".
+        kind: "image", "text" or "audio".
         scored: what `score` gave.
         version, checked: what `publish` gave.
         transfer: what `pipelines.transfer.judge_transfer` gave.
@@ -99,6 +117,7 @@ def write_results(
     from pipelines.model_card import write_model_card
     from pipelines.report import write_report
 
+    noun = facts.NOUNS[kind].removesuffix("s")
     logits, metrics, thresholds, calibration = scored
     probabilities = facts.probabilities_of(logits["test"], splits.multi_label)
     gathered = facts.about_run(config, splits, backbone, phases, metrics, kind)
@@ -117,8 +136,8 @@ def write_results(
     gathered["warnings"] = [
         *gathered["warnings"],
         *calibration_warnings(calibration),
-        *copies_warnings(gathered["exact_copies"], kind),
-        *(near_warnings(examined["near_copies"], kind) if examined else []),
+        *copies_warnings(gathered["exact_copies"], noun),
+        *(near_warnings(examined["near_copies"], noun) if examined else []),
     ]
     # Where transfer hurts, that is the first thing to say.
     place = 0 if transfer["verdict"] == "hurts" else len(gathered["verdicts"])
@@ -126,7 +145,8 @@ def write_results(
     if baselines:
         gathered["baselines"] = list(baselines)
         headline = metrics["test"]["headline"]
-        gathered["verdicts"] = [*gathered["verdicts"], *(baseline_verdict(headline, row) for row in baselines)]
+        compared = (baseline_verdict(headline, row, facts.NOUNS[kind]) for row in baselines)
+        gathered["verdicts"] = [*gathered["verdicts"], *compared]
     gathered["advice"] = run_advice(gathered)
     report = write_report(run_dir, gathered)
     write_model_card(run_dir, gathered)

@@ -19,6 +19,7 @@ from models.offline import free_bytes
 from pipelines.config import config_yaml
 from pipelines.inspections import content_id
 from pipelines.splits import INPUT_COLUMNS, SPLIT_NAMES, labels_of
+from pipelines.stopping import EXIT_CODE
 from pipelines.texts import text_id
 
 # Newest first: the checkpoint of a phase exists only where it beat those before it. full and light are of --depth auto.
@@ -68,35 +69,53 @@ def check_free_space(folder: pathlib.Path, needed_bytes: int) -> None:
 
 
 @contextlib.contextmanager
-def explained(run_dir: pathlib.Path):
-    """Around all that writes to a run folder: Ctrl-C and a full disk end with a word on what was saved."""
+def explained(run_dir: pathlib.Path, workers: int = 1):
+    """Around all that writes to a run folder: what stops it ends with a word on what was saved and how to go on.
+
+    workers: that train together; a failure of what they do together is that of one which is gone.
+    """
     try:
         yield
     except GraftError:
         raise
     except KeyboardInterrupt:
-        raise stopped(run_dir) from None
+        raise stopped(run_dir, "Stopped.") from None
     except Exception as error:
+        from pipelines.recovery import is_missing_file
         from serving.new_version import is_disk_full
 
         if is_disk_full(error):
             raise GraftError(
                 f"The disk of {run_dir} is full: {shutil.disk_usage(run_dir).free / 1e6:.0f} MB free. What was "
-                f"saved before is whole: free some space, then `graft export {run_dir}`, or train again."
+                f"saved before is whole: free some space, then `graft resume {run_dir}` goes on."
             ) from error
+        if is_missing_file(error):
+            raise GraftError(
+                f"{missing_file(error)} is gone, or cannot be read any more; it was there when the run began. Put it "
+                f"back, then `graft resume {run_dir}` goes on."
+            ) from error
+        if workers > 1 and type(error).__name__ in GONE_ERRORS:
+            raise stopped(run_dir, "Stopped: another worker is gone.") from error
         raise
 
 
-def stopped(run_dir: pathlib.Path) -> GraftError:
-    """The message for Ctrl-C; a run that has learned nothing yet leaves no folder."""
+# What TensorFlow raises where workers do something together, and one of them has died.
+GONE_ERRORS = ("UnavailableError", "AbortedError", "InternalError", "CancelledError", "DeadlineExceededError")
+
+
+def missing_file(error: Exception) -> str:
+    """The path that an error is about, Python's or TensorFlow's, which has it in its text only."""
+    path = getattr(error, "filename", None) or re.search(r"(/[^;\n]*); No such file", str(error))
+    return str(path[1] if isinstance(path, re.Match) else path or "A data file")
+
+
+def stopped(run_dir: pathlib.Path, what: str) -> GraftError:
+    """The message for a run that can go on."""
+    ways = f"`graft resume {run_dir}` goes on from there"
     if find_checkpoint(run_dir):
-        error = GraftError(
-            f"Stopped. The best weights so far are saved: `graft export {run_dir}` makes a model of them."
-        )
-    else:
-        shutil.rmtree(run_dir, ignore_errors=True)
-        error = GraftError("Stopped before anything was learned; nothing was saved.")
-    error.exit_code = 75
+        ways += f"; `graft export {run_dir}` makes a model of the best weights so far"
+    error = GraftError(f"{what} What was reached is saved: {ways}.")
+    error.exit_code = EXIT_CODE
     return error
 
 
@@ -106,8 +125,7 @@ def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
     splits.csv names each example by its content hash and tells where it is: the path of a file, the text itself.
     With `--report-inputs none` it holds no texts; then `graft export` has none to verify the served answers with.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
-    write_text(run_dir / "config.yaml", config_yaml(config))
+    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_csv(run_dir / "skipped.csv", splits.skipped, ["path", "reason"])
     rows = [
         {
@@ -124,14 +142,17 @@ def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
     private = "text" in inputs and config.report.report_inputs == "none"
     columns = ["split", "class", "label", "group", "id", *([] if private else inputs)]
     write_csv(run_dir / "splits.csv", rows, columns)
-    (run_dir / "checkpoints").mkdir(exist_ok=True)
     state = {
+        "kind": type(config).__name__.removesuffix("Config").lower(),
         "class_names": splits.class_names,
         "white_level": splits.white_level,
         "multi_label": splits.multi_label,
         "inputs": inputs,
+        "working_directory": os.getcwd(),
+        **({"kind": config.kind} if hasattr(config, "kind") else {}),
     }
     write_json(run_dir / "checkpoints" / "state.json", state)
+    write_text(run_dir / "config.yaml", config_yaml(config))  # last: a folder that has it can be resumed
 
 
 def serving_name(run_dir: pathlib.Path) -> str:
@@ -166,7 +187,7 @@ def write_csv(path: pathlib.Path, rows: list[dict], columns: list[str]) -> None:
     write_text(path, text.getvalue())
 
 
-def save_checkpoint(model, run_dir: pathlib.Path, name: str) -> None:
+def save_checkpoint(run_dir: pathlib.Path, name: str, model) -> None:
     """Save the model's weights as checkpoints/NAME.weights.h5, whole or not at all."""
     folder = run_dir / "checkpoints"
     folder.mkdir(exist_ok=True)

@@ -10,7 +10,8 @@ import pyarrow as pa
 from models import GraftError
 
 SPLIT_NAMES = ("train", "val", "test")
-INPUT_COLUMNS = ("path", "text", "text_b")  # what an example is; a table has those of its kind
+# What an example is; a table has those of its kind. `source`: the file that was decoded to the WAV file in `path`.
+INPUT_COLUMNS = ("path", "text", "text_b", "source")
 VAL_SHARE = TEST_SHARE = 0.15
 
 

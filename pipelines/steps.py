@@ -91,6 +91,7 @@ def make_train_step(
     average: MovingAverage | None = None,
     forward=None,
     batch_spec=None,
+    flags=None,
 ):
     """A tf.function: distributed batch -> [4] float32: summed weighted loss, weight, correct answers, examples.
 
@@ -103,6 +104,7 @@ def make_train_step(
         average: updated after each update.
         forward: (inputs, training) -> logits, where the inputs are not the model's own but lie above a cut.
         batch_spec: `element_spec` of the distributed batches; where lengths differ, one graph then serves them all.
+        flags: a tf.Variable [m] of this worker, whose sum over all replicas is added to what is returned: [4 + m].
     """
     forward = forward or model
     parts_of_batch = accumulation_steps * strategy.num_replicas_in_sync
@@ -158,30 +160,54 @@ def make_train_step(
             loss_scale.update(finite)
         else:
             update(gradients)
+        if flags is not None:
+            sums = strategy.run(lambda sums: tf.concat([sums, flags], 0), args=(sums,))
         return strategy.reduce(tf.distribute.ReduceOp.SUM, sums, axis=None)
 
     return train_step
 
 
-def train_epoch(train_step, batches, observers, set_dropout_seeds, first_step: int) -> tuple[float, float]:
-    """One pass over the batches: the epoch's mean loss (as trained on) and share of correct answers."""
-    sums = np.zeros(4)
-    for step, batch in enumerate(batches):
-        set_dropout_seeds(first_step + step)
-        observers.on_train_batch_begin(step)
-        sums += train_step(batch).numpy()
-        observers.on_train_batch_end(step, {"loss": sums[0] / sums[1], "accuracy": sums[2] / sums[3]})
-    return float(sums[0] / sums[1]), float(sums[2] / sums[3])
+def make_train_calls(train_step, seed_dropout, steps_per_call: int = 1):
+    """A function (iterator, first step, count) -> [count, n] float32: the sums of `count` steps, made by one call.
+
+    With steps_per_call above 1 they are one graph, a loop over steps: what a TPU wants, which idles while Python gets
+    the next batch ready. The figures are those of single steps.
+    """
+    if steps_per_call == 1:
+
+        def call(iterator, step, count):
+            batch = next(iterator)
+            seed_dropout(step)
+            return train_step(batch).numpy()[None]
+
+        return call
+
+    @tf.function
+    def loop(iterator, step, count):
+        sums = tf.TensorArray(tf.float32, size=count)
+        for index in tf.range(count):
+            seed_dropout(step + tf.cast(index, tf.int64))
+            sums = sums.write(index, train_step(next(iterator)))
+        return sums.stack()
+
+    return lambda iterator, step, count: loop(iterator, tf.constant(step, tf.int64), tf.constant(count)).numpy()
 
 
 def dropout_seeder(model: Classifier, seed: int):
-    """A function of the step that sets every dropout layer's random state: dropout is a function of (seed, step)."""
+    """A function of the step that sets every dropout layer's random state: dropout is a function of (seed, step).
+
+    It takes an int, or an int64 scalar within a tf.function.
+    """
     generators = [layer.seed_generator for layer in model._flatten_layers() if hasattr(layer, "seed_generator")]
 
-    def set_seeds(step: int) -> None:
+    def set_seeds(step) -> None:
         for index, generator in enumerate(generators):
-            state = np.array([seed * 1_000_003 + index, step * 65_536], np.uint64) % 2**32
-            generator.state.assign(state.astype(np.uint32))
+            own = (seed * 1_000_003 + index) % 2**32
+            if isinstance(step, int):
+                generator.state.assign(np.array([own, step * 65_536 % 2**32], np.uint32))
+            else:
+                state = tf.stack([tf.constant(own, tf.int64), step * 65_536 % 2**32])
+                generator.state.assign(tf.cast(state, tf.uint32))
 
     return set_seeds
 

@@ -9,6 +9,7 @@ Reads top to bottom: `run` is the whole story. TensorFlow is imported after the 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import sys
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from models import GraftError
 from models.names import check_backbone_name, check_depth
-from pipelines import facts, runs
+from pipelines import facts, resume, runs
 from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
@@ -29,27 +30,36 @@ RUN_BYTES = 400_000_000  # free disk that a run of a small backbone needs: two c
 
 
 def main(argv: list[str]) -> int:
-    run(parse_config(argv, TextConfig, "graft text"))
+    config = parse_config(argv, TextConfig, "graft text")
+    folder = resume.begun(config.run)
+    if folder:
+        return resume.go_on(folder)
+    run(config)
     return 0
 
 
-def run(config: TextConfig) -> pathlib.Path:
-    """Train, evaluate, export, verify and report as `config` says; returns the run folder."""
+def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path:
+    """Train, evaluate, export, verify and report as `config` says; returns the run folder.
+
+    resumed: the folder of a run that goes on.
+    """
     clock = facts.Clock()
-    found, run_dir = check_request(config)  # needs no TensorFlow: a mistake answers at once
+    found, run_dir = check_request(config, resumed)  # needs no TensorFlow: a mistake answers at once
     console.print(f"Data: {len(found):,} texts in {config.input.data}")
     start_tensorflow(config.training.seed)
     from pipelines.baselines import tfidf_baseline
     from pipelines.callbacks import ProgressPrinter, tensorboard
-    from pipelines.distribute import make_strategy
+    from pipelines.distribute import from_chief, is_chief, leave, make_strategy, shard_of
     from pipelines.evaluate import check_positive
     from pipelines.label_checks import class_warnings, examiner
     from pipelines.leakage import check_copies
+    from pipelines.recovery import Recovery
     from pipelines.tokens import text_predictor, token_parts, truncation_warning
     from pipelines.training import fit_two_phase
     from pipelines.transfer import judge_transfer
 
-    strategy = make_strategy(config.training.distribute, config.training.devices)
+    strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
+    chief = is_chief(strategy)  # of several workers, the one that writes
     splits = load_texts(found, config.input.min_per_class)
     check_positive(config.report.positive or None, config.report.specificity, splits.class_names)
     clock.lap("data")
@@ -73,26 +83,32 @@ def run(config: TextConfig) -> pathlib.Path:
         """Test figures after each phase, for the report only: nothing is chosen by them."""
         facts.add_test_figures(phase, splits, logits_of(splits.test))
 
-    with runs.explained(run_dir):
+    with runs.explained(run_dir, shard_of(strategy)[1]):
         # The head only, then the top blocks too, then all: for as long as it pays, or as deep as --depth says.
-        runs.start_run_folder(run_dir, config, splits)
+        if chief:
+            runs.start_run_folder(run_dir, config, splits)
+        every_s = config.training.checkpoint_seconds
+        recovery = Recovery(run_dir if chief else None, every_s, functools.partial(from_chief, strategy))
         phases, logits_of = fit_two_phase(
             model,
             splits,
             None,
             config,
             strategy,
-            callbacks=[ProgressPrinter(), tensorboard(run_dir)],
+            callbacks=[ProgressPrinter(), tensorboard(run_dir)] if chief else [],
             on_start=print_trainable_table,
-            on_best=lambda name, model: runs.save_checkpoint(model, run_dir, name),
+            on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
             on_end=test_phase,
-            on_features=examine,
+            on_features=examine if chief else None,
+            recovery=recovery,
             read_inputs=read_inputs,
         )
         clock.lap("training")
 
         # How good it is, and what a simpler method reaches.
         scored = score(splits, logits_of, config)
+        if not chief:
+            return leave(strategy, run_dir)
         baseline = tfidf_baseline(splits, config.training.seed)
         clock.lap("evaluation")
 
@@ -109,12 +125,14 @@ def run(config: TextConfig) -> pathlib.Path:
 
         findings = scored, version, checked, clock, transfer, examined, [baseline]
         gathered, report = write_results(run_dir, config, "text", splits, model.backbone, phases, *findings)
+        recovery.remove()
+        leave(strategy, run_dir)
     facts.print_ending(gathered, run_dir, version, report)
     check_strict(config, gathered, run_dir)
     return run_dir
 
 
-def check_request(config: TextConfig):
+def check_request(config: TextConfig, resumed: pathlib.Path | None = None):
     """What can be checked without TensorFlow; returns the texts found and the run folder to make.
 
     Raises:
@@ -128,7 +146,7 @@ def check_request(config: TextConfig):
     drop_small_classes(found, data.min_per_class, "text")
     if is_multi_label(found):
         check_multi_label_flags(config, "text")
-    run_dir = runs.choose_run_folder(config.run.out, data.data)
+    run_dir = resumed or runs.choose_run_folder(config.run.out, data.data)
     runs.check_free_space(run_dir, RUN_BYTES)
     check_backbone_name(config.model.backbone, "text")  # last: it may have to be downloaded
     return found, run_dir

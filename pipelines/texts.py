@@ -91,7 +91,7 @@ def _read_manifests(
     inputs = {"--text-column": text_column} | ({"--second-column": second_column} if second_column else {})
     found = []
     for split, file in files.items():
-        rows = read_rows(file, split, inputs, label_column, group_column, _read_column)
+        rows = read_rows(file, split, inputs, label_column, group_column, read_text_column)
         texts = [*rows.inputs, *[[None] * len(rows.splits)] * (2 - len(rows.inputs))]
         found += [
             TextExample(*cells, f"{file}, row {row}")
@@ -100,7 +100,7 @@ def _read_manifests(
     return found
 
 
-def _read_column(file: pathlib.Path, name: str, column: pa.ChunkedArray) -> list[str]:
+def read_text_column(file: pathlib.Path, name: str, column: pa.ChunkedArray) -> list[str]:
     """A column of texts as they are, "" for what is missing.
 
     Raises:

@@ -16,11 +16,14 @@ import urllib.parse
 import numpy as np
 
 from models import GraftError
+from models.offline_sounds import wav_bytes
 from pipelines.console import start_tensorflow
 from pipelines.manifests import Example, TextExample
 from pipelines.records import Record, graft_splits, set_key, write_once, write_texts_once
 
 PREFIX = "tfds:"
+SOUND_RATE_HZ = 16_000  # of sets whose sounds do not say
+SOUND = ("*sound*",)  # in place of names of texts: one feature of sound, whatever it is called
 VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 
@@ -57,6 +60,12 @@ def tfds_texts(
     texts = (text_column, second_column) if second_column else (text_column,)
     folder = _prepared_folder(data, data_dir, label_column, texts)
     return _read_prepared(data, folder, label_column, texts)
+
+
+def tfds_sounds(data: str, data_dir: str = "", label_column: str = "label") -> list[Example]:
+    """The sounds of a TFDS set, as WAV files in the cache; otherwise as `tfds_examples`."""
+    folder = _prepared_folder(data, data_dir, label_column, SOUND)
+    return _read_prepared(data, folder, label_column, SOUND)
 
 
 def _prepared_folder(data: str, data_dir: str, label_column: str, texts: tuple[str, ...] = ()) -> pathlib.Path:
@@ -190,6 +199,11 @@ def _read_prepared(
         (file for file in folder.iterdir() if file.is_file()), builder.info.full_name, *inputs, label, str(splits)
     )
     name = f"tfds-{builder.info.full_name.replace('/', '-')}-{key}"
+    if texts == SOUND:
+        rate_hz = getattr(features[inputs[0]], "sample_rate", None) or SOUND_RATE_HZ
+        values = _values(data, builder, inputs, label, splits)
+        records = (Record(split, labels, wav_bytes(as_int16(sound), rate_hz)) for split, labels, (sound,) in values)
+        return write_once(name, count, lambda: records, "clips")
     if texts:
         return write_texts_once(name, count, lambda: _text_records(_values(data, builder, inputs, label, splits)))
     decoders = {inputs[0]: tfds.decode.SkipDecoding()}
@@ -201,6 +215,15 @@ def _read_prepared(
             for split, labels, (image,) in _values(data, builder, inputs, label, splits, decoders)
         ),
     )
+
+
+def as_int16(samples) -> np.ndarray:
+    """Samples [n] or [n, channels] as TFDS gives them, integers of 16 or 32 bits in any dtype or float, as int16."""
+    samples = np.asarray(samples)
+    if samples.dtype.kind == "f":
+        return np.rint(np.clip(samples, -1.0, 1.0) * 32767).astype(np.int16)
+    wide = np.abs(samples.astype(np.int64)).max(initial=0) > 32768
+    return np.clip(samples >> 16 if wide else samples, -32768, 32767).astype(np.int16)
 
 
 def _text_records(values):
@@ -215,7 +238,7 @@ def choose_features(
 
     Args:
         texts: names of text features, in place of an image; a first one called "text" may be missing where it is
-            clear which it is.
+            clear which it is. SOUND for one feature of sound.
 
     Returns:
         The names of the image or the texts, and that of the label.
@@ -233,7 +256,8 @@ def choose_features(
         return isinstance(getattr(feature, "feature", feature), tfds.features.ClassLabel)
 
     features = dict(sorted(features.items()))  # TFDS gives them in changing order
-    inputs = [name for name, feature in features.items() if (_is_text if texts else is_image)(feature)]
+    wanted = _is_sound if texts == SOUND else _is_text if texts else is_image
+    inputs = [name for name, feature in features.items() if wanted(feature)]
     labels = [name for name, feature in features.items() if is_label(feature)]
     if label_column != "label":
         labels = [name for name in labels if name == label_column]
@@ -242,7 +266,13 @@ def choose_features(
         if chosen in candidates:
             candidates[:] = [chosen]
     listed = ", ".join(f"{name} ({_described(feature)})" for name, feature in features.items())
-    if texts:
+    if texts == SOUND:
+        if len(inputs) != 1:
+            raise GraftError(
+                f"--data {data}: expected one feature of sound (Audio), found {', '.join(inputs) or 'none'}. The "
+                f"features of this set: {listed}. Give a set of single sounds, or write them into class folders."
+            )
+    elif texts:
         inputs = named if named or texts != ("text",) else inputs
         if len(inputs) != len(texts):
             asked = "one text feature" if texts == ("text",) else f"text features named {' and '.join(texts)}"
@@ -269,6 +299,12 @@ def choose_features(
 def _is_text(feature) -> bool:
     """Whether a TFDS feature is one string; encoded images and sound are of other shapes."""
     return getattr(feature, "shape", None) == () and np.dtype(feature.np_dtype).kind in "OSU"
+
+
+def _is_sound(feature) -> bool:
+    import tensorflow_datasets as tfds
+
+    return isinstance(feature, tfds.features.Audio)
 
 
 def _described(feature) -> str:

@@ -7,7 +7,7 @@ weight of the global batch, so that any number of replicas and of accumulation s
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 import math
 import time
@@ -19,24 +19,19 @@ import numpy as np
 from models import GraftError, freezing
 from models import optimizer as optimizers
 from models.classifier import Classifier
-from models.precision import LossScale, set_precision
-from pipelines import ladder
+from models.precision import set_precision
+from pipelines import ladder, stopping
 from pipelines.config import budget_seconds, depth_blocks
 from pipelines.console import console
 from pipelines.data import Splits, targets_of
+from pipelines.distribute import chief_says, distributed, from_chief, is_chief, shard_of, summed
+from pipelines.epochs import Updates, make_updates, train_epoch
 from pipelines.feeds import Feed, Feeds
 from pipelines.guards import ForgettingGuard
 from pipelines.head_solver import ROWS_AT_ONCE, solve_head
 from pipelines.prediction import feed_predictor, predict_logits
-from pipelines.steps import (
-    MovingAverage,
-    dropout_seeder,
-    make_predict_step,
-    make_train_step,
-    mean_loss_and_accuracy,
-    share_correct,
-    train_epoch,
-)
+from pipelines.recovery import Diverged, Progress, Recovery, put_back
+from pipelines.steps import make_predict_step, mean_loss_and_accuracy, share_correct
 from pipelines.weight_average import average_kept
 
 
@@ -69,6 +64,7 @@ def fit_phase(
     best_val_loss: float = math.inf,
     deadline: float = math.inf,
     guard=None,
+    recovery: Recovery | None = None,
 ) -> dict:
     """Train what is flagged trainable, stop early, and leave the model with its best weights, computing in float32.
 
@@ -84,66 +80,92 @@ def fit_phase(
         best_val_loss: what must be beaten; if no epoch does, the model leaves as it came.
         deadline: of time.perf_counter(); the epoch in which it passes is the last.
         guard: a `ForgettingGuard`: its figures go into the history; an epoch beyond its limit is the last, not kept.
+        recovery: saves where training is, and knows where an earlier process has been; turned to this phase.
 
     Returns:
         What `phase_facts` gives, with a row of history per epoch; kept and val_loss of the best one; right [val]: what
         the epoch of this phase with the lowest validation loss had right, kept or not, as `share_correct` gives it;
-        forgot: whether the limit was passed.
+        forgot: whether the limit was passed; rollbacks, where there were any: epoch, step, loss, new learning_rate.
+
+    Raises:
+        GraftError: a loss that is no number, at lower rates too.
     """
-    started = time.perf_counter()
+    started, recovery = time.perf_counter(), recovery or Recovery()
     steps = len(feed.train_batches(0, first_epoch))
     val_targets = targets_of(val, model.head.units)
-    spec = strategy.experimental_distribute_dataset(feed.batches(val)).element_spec
-    optimizer, train_step, average = make_updates(model, feed, learning_rate, steps * epochs, options, strategy, spec)
+    spec = distributed(strategy, feed.batches(val)).element_spec
     predict_step = make_predict_step(feed.forward, strategy, spec)
-    set_dropout_seeds = dropout_seeder(model, options.seed)
-    before = freezing.checksums(model)
-    moving = freezing.moving_weights(model)
-    best_weights = [weight.numpy() for weight in moving]
-    best_epoch, history = 0, []
-    own_loss, own_epoch, right = math.inf, 0, None
+    before, moving = freezing.checksums(model), freezing.moving_weights(model)
 
-    model.optimizer, model.stop_training = optimizer, False  # what Keras callbacks read
-    observers = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=epochs, steps=steps)
+    def prepare(state) -> tuple[Updates, Progress]:
+        """What updates the weights, and how far it is: from the beginning, or as a state says."""
+        rate = learning_rate * (state[0]["rate_factor"] if state else 1.0)
+        updates = make_updates(model, feed, rate, steps * epochs, moving, options, strategy, spec)
+        model.optimizer = updates.optimizer  # what Keras callbacks read
+        new = {"best_val_loss": best_val_loss, "best_weights": [weight.numpy() for weight in moving]}
+        progress = put_back(state, updates.variables) if state else Progress(**new)
+        recovery.watch(progress, updates.variables)
+        return updates, progress
+
+    updates, progress = prepare(recovery.newest_state())
+    model.stop_training = False
+    done = (progress.epoch, progress.step)
+    observers = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=epochs, steps=steps, done=done)
     observers.on_train_begin()
     set_precision(model, options.precision)
     try:
-        for epoch in range(epochs):
-            epoch_started = time.perf_counter()
-            shown = epochs_aside + first_epoch + epoch
-            observers.on_epoch_begin(shown)
-            batches = strategy.experimental_distribute_dataset(feed.train_batches(epoch, first_epoch + epoch))
-            first_step = (first_epoch + epoch) * steps
-            loss, accuracy = train_epoch(train_step, batches, observers, set_dropout_seeds, first_step)
-            with average.in_place() if average else contextlib.nullcontext():
-                logits = predict_logits(predict_step, strategy, feed.batches(val), val.num_rows)
-                val_loss, val_accuracy = mean_loss_and_accuracy(val_targets, logits, model.multi_label)
-                check_finite(name, epoch + 1, loss, val_loss, learning_rate)
-                drift, forgot = guard() if guard else ({}, False)
-                if val_loss < own_loss:
-                    own_loss, own_epoch = val_loss, epoch + 1
-                    right = share_correct(val_targets, logits, model.multi_label).numpy()
-                if val_loss < best_val_loss and not forgot:
-                    best_val_loss, best_epoch = val_loss, epoch + 1
-                    best_weights = [weight.numpy() for weight in moving]
-                    on_best(model)
-            row = {"loss": loss, "accuracy": accuracy, "val_loss": val_loss, "val_accuracy": val_accuracy}
-            row["learning_rate"] = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-            history.append({"epoch": shown + 1, **row, **drift, "seconds": time.perf_counter() - epoch_started})
-            observers.on_epoch_end(shown, row | {key: drift[key] for key in drift if key != "weight_distance"})
-            waited = epoch + 1 - own_epoch >= options.patience  # for itself: a deeper phase may need longer to pass
-            enough = best_epoch == epoch + 1 and 0 < options.target <= val_accuracy
-            if forgot or waited or enough or model.stop_training or time.perf_counter() > deadline:
-                break
+        with recovery.saved_when_stopped():
+            while progress.epoch < epochs and not progress.ended:
+                epoch_started, number = time.perf_counter(), first_epoch + progress.epoch
+                observers.on_epoch_begin(epochs_aside + number)
+                try:
+                    batches = distributed(strategy, feed.train_batches(progress.epoch, number, progress.step))
+                    train_epoch(updates, batches, observers, progress, recovery, steps, number * steps, model)
+                    with updates.validating():
+                        logits = predict_logits(predict_step, strategy, feed.batches(val), val.num_rows)
+                        figures = mean_loss_and_accuracy(val_targets, logits, model.multi_label)
+                    val_loss, val_accuracy = chief_says(strategy, figures)
+                    if not math.isfinite(val_loss):
+                        raise Diverged(val_loss)
+                except Diverged as diverged:
+                    updates, progress = prepare(recovery.go_back(diverged.loss, learning_rate))
+                    continue
+                with stopping.held():
+                    with updates.validating():
+                        drift, forgot = guard() if guard else ({}, False)
+                        if val_loss < progress.best_val_loss and not forgot:
+                            on_best(model)
+                            progress.best_val_loss, progress.best_epoch = val_loss, progress.epoch + 1
+                            progress.best_weights = [weight.numpy() for weight in moving]
+                    if val_loss < progress.own_loss:
+                        progress.own_loss, progress.own_epoch = val_loss, progress.epoch + 1
+                        progress.right = share_correct(val_targets, logits, model.multi_label).numpy()
+                    row = {"loss": progress.mean_loss, "accuracy": progress.accuracy}
+                    row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
+                    row["learning_rate"] = float(keras.ops.convert_to_numpy(updates.optimizer.learning_rate))
+                    seconds = {"seconds": time.perf_counter() - epoch_started}
+                    progress.end_epoch({"epoch": epochs_aside + number + 1, **row, **drift, **seconds})
+                    shown = row | {key: drift[key] for key in drift if key != "weight_distance"}
+                    observers.on_epoch_end(epochs_aside + number, shown)
+                    # For itself: a deeper phase may need longer to pass.
+                    waited = progress.epoch - progress.own_epoch >= options.patience
+                    enough = progress.best_epoch == progress.epoch and 0 < options.target <= val_accuracy
+                    late = time.perf_counter() + recovery.spent_s > deadline
+                    ended = forgot or waited or enough or model.stop_training or late
+                    progress.forgot, progress.ended = map(bool, chief_says(strategy, [forgot, ended]))
+                    recovery.save()
     finally:  # after Ctrl-C too: the progress bar gives the terminal back
         set_precision(model, "float32")
         observers.on_train_end()
 
     moved = freezing.check_moved(model, before)
-    for weight, value in zip(moving, best_weights):
+    for weight, value in zip(moving, progress.best_weights):
         weight.assign(value)
-    facts = phase_facts(model, name, started, learning_rate, moved, history, best_epoch)
-    return {**facts, "kept": best_epoch > 0, "val_loss": best_val_loss, "right": right, "forgot": forgot}
+    started -= recovery.spent_s
+    facts = phase_facts(model, name, started, learning_rate, moved, progress.history, progress.best_epoch)
+    facts |= {"rollbacks": progress.rollbacks} if progress.rollbacks else {}
+    facts |= {"kept": progress.best_epoch > 0, "val_loss": progress.best_val_loss}
+    return {**facts, "right": progress.right, "forgot": progress.forgot}
 
 
 def phase_facts(model, name: str, started: float, learning_rate: float, moved: dict, history, best_epoch) -> dict:
@@ -166,8 +188,12 @@ def phase_facts(model, name: str, started: float, learning_rate: float, moved: d
     }
 
 
-def fit_head_by_lbfgs(model: Classifier, feed: Feed, train, val, *, options, on_best=lambda model: None) -> dict:
+def fit_head_by_lbfgs(
+    model: Classifier, strategy, feed: Feed, train, val, *, options, on_best=lambda model: None
+) -> dict:
     """Phase 1 where the features are at hand: the best logistic regression becomes the head.
+
+    Every device or worker could find it; with several workers the chief does, and tells the others.
 
     Returns:
         What `fit_phase` gives, and solver "lbfgs"; history has a row per penalty tried (l2, iterations), and
@@ -178,16 +204,15 @@ def fit_head_by_lbfgs(model: Classifier, feed: Feed, train, val, *, options, on_
     before = freezing.checksums(model)
     classes = model.head.units
     val_features, val_targets = feed.features(val), targets_of(val, model.head.units)
-    heads, path, best, simplest = solve_head(
-        feed.features(train),
-        targets_of(train, classes),
-        train["weight"].to_numpy(),
-        val_features,
-        val_targets,
-        model.multi_label,
-        options.label_smoothing,
-    )
-    kernel, bias = heads[best]
+    found = None
+    if is_chief(strategy):
+        weights, smoothing = train["weight"].to_numpy(), options.label_smoothing
+        examples = feed.features(train), targets_of(train, classes), weights, val_features, val_targets
+        heads, path, best, simplest = solve_head(*examples, model.multi_label, smoothing)
+        arrays = zip(("kernel", "bias", "simple_kernel", "simple_bias"), (*heads[best], *heads[simplest]))
+        found = {"path": path, "best": best}, dict(arrays)
+    facts, arrays = from_chief(strategy, found)
+    path, best, kernel, bias = facts["path"], facts["best"], arrays["kernel"], arrays["bias"]
     model.head.kernel.assign(kernel)
     model.head.bias.assign(bias)
     on_best(model)
@@ -196,7 +221,7 @@ def fit_head_by_lbfgs(model: Classifier, feed: Feed, train, val, *, options, on_
     right = share_correct(val_targets, logits, model.multi_label).numpy()
     facts = phase_facts(model, "head", started, 0.0, freezing.check_moved(model, before), path, best + 1)
     figures = {"solver": "lbfgs", "kept": True, "val_loss": path[best]["val_loss"]}
-    return {**facts, **figures, "simplest": heads[simplest], "right": right}
+    return {**facts, **figures, "simplest": (arrays["simple_kernel"], arrays["simple_bias"]), "right": right}
 
 
 def head_fit(model: Classifier, feed: Feed, options, strategy, **more) -> tuple[float, Callable]:
@@ -204,48 +229,26 @@ def head_fit(model: Classifier, feed: Feed, options, strategy, **more) -> tuple[
 
     options: `pipelines.options.HeadOptions`; more: arguments of `fit_phase`.
     """
-    if feed.features and options.head_solver == "auto" and strategy.num_replicas_in_sync == 1:
-        return 0.0, functools.partial(fit_head_by_lbfgs, model)
+    at_hand = summed(strategy, np.float64([feed.features is not None]))[0] == shard_of(strategy)[1]  # for every worker
+    if at_hand and options.head_solver == "auto":
+        return 0.0, functools.partial(fit_head_by_lbfgs, model, strategy)
     rate = options.head_learning_rate
     more |= {"epochs": options.head_epochs, "learning_rate": rate, "strategy": strategy}
     return rate, functools.partial(fit_phase, model, "head", **more)
 
 
-def make_updates(model: Classifier, feed: Feed, learning_rate: float, total_steps: int, options, strategy, spec=None):
-    """What updates the weights in a phase: the optimizer, the train step and the moving average (None without)."""
-    schedule = learning_rate
-    if options.schedule == "cosine":
-        schedule = optimizers.warmup_cosine(learning_rate, total_steps, options.warmup)
-    with strategy.scope():
-        optimizer = optimizers.make_optimizer(
-            options.optimizer, model, schedule, options.weight_decay, options.clip_norm or None
-        )
-        loss_scale = LossScale() if options.precision == "float16" else None
-        average = MovingAverage(model, options.ema) if options.ema else None
-    train_step = make_train_step(
-        model,
-        optimizer,
-        strategy,
-        options.accumulation_steps,
-        options.label_smoothing,
-        loss_scale,
-        average,
-        feed.forward,
-        spec,
-    )
-    return optimizer, train_step, average
-
-
-def check_finite(phase: str, epoch: int, loss: float, val_loss: float, learning_rate: float) -> None:
-    """Raise GraftError for a loss that is no number. epoch: counted from 1 within the phase."""
-    if not math.isfinite(loss + val_loss):
-        raise GraftError(
-            f"The loss of phase {phase} is not finite in epoch {epoch} (train {loss}, validation {val_loss}). "
-            f"Lower the learning rate ({learning_rate:g} now)."
-        )
-
-
 # ---------------------------------------------------------------- two phases
+
+
+def scaled(config, replicas: int):
+    """The configuration, with batch and rates times the replicas under --scale-batch linear."""
+    if config.training.scale_batch == "none" or replicas == 1:
+        return config
+    config = copy.deepcopy(config)
+    config.training.batch_size *= replicas
+    config.head.head_learning_rate *= replicas
+    config.fine_tune.fine_tune_learning_rate *= replicas
+    return config
 
 
 def check_batch_size(options, replicas: int) -> None:
@@ -271,6 +274,7 @@ def fit_two_phase(
     on_end=None,
     read_inputs=None,
     on_features=None,
+    recovery: Recovery | None = None,
 ) -> tuple[list[dict], Callable]:
     """The head on the frozen backbone first, then the top `--depth` blocks too, at reduced rates.
 
@@ -287,12 +291,14 @@ def fit_two_phase(
         read_inputs: of data without a loader: examples -> a list of (rows, arrays [n, ...] that the model takes),
             each a part of the examples of one length.
         on_features: (function of a table -> pooled pretrained features), once phase 1 has them; not without a cache.
+        recovery: what an earlier process of this run has saved; phases that have ended are not trained again.
         on_end: (phase dict of `fit_phase`, function of a table -> logits), after each phase; it may add to the dict.
 
     Returns:
         The phase dicts, each with `climb` (`pipelines.ladder.climb_facts`, went_on and because), and a function of a
         table of the splits -> logits [n, classes] of the model as it leaves.
     """
+    config, recovery = scaled(config, strategy.num_replicas_in_sync), recovery or Recovery()
     options, phases, total = config.training, [], len(model.blocks)
     check_batch_size(options, strategy.num_replicas_in_sync)
     train = splits.train
@@ -303,7 +309,8 @@ def fit_two_phase(
     rungs = ladder.rungs_of(depth, depth_blocks(depth), config.model.light_blocks, total)
     cuts = [total - blocks if blocks else 0 for _, blocks in rungs]
     feeds = Feeds(model, splits, train, loader, config, strategy, read_inputs)
-    guard = ForgettingGuard(model, train, config.guards.forgetting_limit)
+    recovery.start_run({"the data": splits.fingerprint, "the backbone": feeds.frozen.digest})
+    guard = ForgettingGuard(model, train, config.guards.forgetting_limit, functools.partial(summed, strategy))
     clock, best = ladder.Clock(budget_seconds(options.budget)), {}
 
     def run_phase(name, feed, rate, fit) -> None:
@@ -311,14 +318,23 @@ def fit_two_phase(
         if on_start:
             on_start(name, freezing.trainable_table(model, rate, optimizers.block_multipliers(model)))
         save = (lambda model: on_best(name, model)) if on_best else lambda model: None
-        phase = fit(feed=feed, train=train, val=splits.val, options=options, on_best=save)
+        recovery.begin(name)
+        weights = freezing.moving_weights(model)
+        phase = recovery.ended_phase(weights)
+        anew = phase is None
+        if anew:
+            phase = fit(feed=feed, train=train, val=splits.val, options=options, on_best=save)
+        seconds = clock.stop(recovery.spent_s)
+        if anew:
+            recovery.end(phase, weights, seconds)
         right = phase.pop("right")
-        phase["climb"] = ladder.climb_facts(phase, clock.stop(), right, best.get("right"))
+        phase["climb"] = ladder.climb_facts(phase, seconds, right, best.get("right"))
         if phase["kept"]:
             best.update(right=right, feed=feed, logits_of=feed_predictor(feed.forward, feed.batches, strategy))
         phases.append(phase)
         needed = ladder.seconds_needed(phases, rungs, total, epochs)
         went_on, because = ladder.decide(phases, rungs, options.target, clock.left, needed)
+        went_on = bool(*chief_says(strategy, [went_on]))  # workers' clocks differ
         phase["climb"] |= {"went_on": went_on, "because": because}
         if on_end:
             on_end(phase, best["logits_of"])
@@ -331,7 +347,7 @@ def fit_two_phase(
     by_steps = {"strategy": strategy, "callbacks": callbacks}
     freezing.freeze(model)
     feed = feeds.head(cuts[1] if len(rungs) > 1 else 0)
-    rate, fit = head_fit(model, feed, config.head, deadline=clock.deadline, **by_steps)
+    rate, fit = head_fit(model, feed, config.head, deadline=clock.deadline, recovery=recovery, **by_steps)
     run_phase("head", feed, rate, fit)
     simplest = phases[0].pop("simplest", None)
 
@@ -347,7 +363,7 @@ def fit_two_phase(
         more = {"first_epoch": first_epoch, "epochs_aside": sum(phase["epochs"] for phase in phases[1:])}
         more |= {"learning_rate": rate, "best_val_loss": ladder.best_phase(phases)["val_loss"], **by_steps}
         feed = feeds.fine_tune(cuts[len(phases)])
-        more |= {"epochs": epochs, "deadline": clock.deadline, "guard": guard.begin(feed)}
+        more |= {"epochs": epochs, "deadline": clock.deadline, "guard": guard.begin(feed), "recovery": recovery}
         fit = functools.partial(fit_phase, model, name, **more)
         run_phase(name, feed, rate, functools.partial(ladder.fit_from, start, fit))
     if config.guards.wise_ft:

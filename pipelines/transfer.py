@@ -1,8 +1,8 @@
 """Whether transfer is of use here: what was pretrained against random weights and against the bare input.
 
 The same linear probe, on the same folds of a sample of the training set, gets the features of the pretrained backbone,
-those of the same network with random weights, and the input itself: pixels, or term weights (TF-IDF). Probes judge
-feature extraction; the finished model is compared with the bare input on the test set, where that has won.
+those of the same network with random weights, and the input itself: pixels, term weights (TF-IDF), log-mel statistics.
+Probes judge feature extraction; the finished model is compared with the bare input on the test set, where that has won.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipelines.console import console
 from pipelines.data import dataset, image_loader, targets_of
 from pipelines.feeds import Feeds
 from pipelines.frozen_part import Examples, FrozenPart
+from pipelines.log_mel import statistics_of
 from pipelines.prediction import feed_predictor
 from pipelines.probes import L2_PATH, fit, linear_probe, one_thread, paired_difference, scores
 from pipelines.rank import sample_features, stratified_sample
@@ -34,13 +35,16 @@ from pipelines.training import class_weighted, fit_phase
 MOST_EXAMPLES = 500  # of the training set that the probes get; more where that is less than two of each class
 SIDE = 32  # pixels of the bare picture: more make a linear model slower, not better
 MOST_LEARNED = 10_000  # training pictures that the linear model of bare pixels learns from: 120 MB
-SCRATCH_RATES = {"image": 1e-2, "text": 3e-3}  # of the head; the rest of the network learns at a tenth of it
+# Of the head; the rest of the network learns at a tenth of it.
+SCRATCH_RATES = {"image": 1e-2, "text": 3e-3, "audio": 3e-3}
 SCRATCH_MOMENTUM = 0.9  # of BatchNorm: with the usual 0.99 its averages lag behind, and validation stays at one class
-INPUTS = {"image": "raw pixels", "text": "bare words"}
+INPUTS = {"image": "raw pixels", "text": "bare words", "audio": "log-mel statistics"}
 RANDOM = "the same network with random weights"
 
 
-def judge_transfer(model: Classifier, splits, loader, config, test_logits, read_inputs=None, raw_accuracy=None) -> dict:
+def judge_transfer(
+    model: Classifier, splits, loader, config, test_logits, read_inputs=None, raw_accuracy=None, kind: str = ""
+) -> dict:
     """The verdict on transfer, after training.
 
     Args:
@@ -49,6 +53,7 @@ def judge_transfer(model: Classifier, splits, loader, config, test_logits, read_
         test_logits: [n, classes] of the finished model.
         raw_accuracy: on the test set, of a linear model of the bare input that was trained on all examples, where one
             is at hand; else it is trained here, if it comes to that.
+        kind: "image", "text" or "audio"; "": as `read_inputs` tells.
 
     Returns:
         verdict: "helps", "hurts" or "no_difference", by the 95% interval of pretrained minus the better one of the
@@ -59,7 +64,7 @@ def judge_transfer(model: Classifier, splits, loader, config, test_logits, read_
         Where too few examples leave nothing to probe: verdict None and the sentence that says so.
     """
     started = time.perf_counter()
-    kind = "text" if read_inputs else "image"
+    kind = kind or ("text" if read_inputs else "image")
     result = probe_verdict(model, splits, loader, config, read_inputs, kind)
     if result["verdict"]:
         # Of texts with several labels the linear model gave no accuracy that could be compared.
@@ -102,7 +107,7 @@ def probe_verdict(model: Classifier, splits, loader, config, read_inputs, kind: 
 
     labels = targets if splits.multi_label else sample["label"].to_numpy()
     probes = {
-        name: linear_probe(values, labels, seed=seed, groups=groups, standardise=name != "raw")
+        name: linear_probe(values, labels, seed=seed, groups=groups, standardise=name != "raw" or kind == "audio")
         for name, values in inputs.items()
     }
     against = max(("raw", "random_weights"), key=lambda name: probes[name]["accuracy"])
@@ -126,12 +131,15 @@ def untrained_backbone(model: Classifier, config) -> Backbone:
 
 
 def raw_inputs(tables: list, splits, preprocess, kind: str) -> list:
-    """The bare input of each table: pixels [n, 3072] of small pictures, or term weights [n, terms], sparse.
+    """The bare input of each table: pixels [n, 3072] of small pictures, term weights [n, terms], sparse, or the mean
+    and deviation of log-mel spectrograms [n, 160].
 
     Pictures are decoded and cropped as the backbone's are, whole where it would cut off a border.
     """
     if kind == "text":
         return term_weights(tables)
+    if kind == "audio":
+        return [statistics_of(table)["mean"] for table in tables]
     plain = {"mean": (0.0,) * 3, "deviation": (255.0,) * 3, "channel_order": "rgb", "crop_share": 1.0}
     small = dataclasses.replace(preprocess, image_size=(SIDE, SIDE), interpolation="bilinear", antialias=True, **plain)
     load = image_loader(small, splits.white_level, plain=splits.plain)

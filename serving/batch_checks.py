@@ -24,6 +24,7 @@ BAD_ITEM = b"\xff\x00 no supported input starts like this"
 MADE_SIZE = 48  # for unknown dimensions other than the batch, in made-up inputs
 SHORTER_SIZE = 40  # for the same in a row that is padded to MADE_SIZE
 PNG_SIDES = (64, 40, 96)  # pixels of made-up images: rows of one batch differ in size
+WAV_SAMPLES = (8_000, 20_000, 80_000)  # of made-up sounds, likewise
 TEXT_REPEATS = (1, 8, 60)  # of a phrase of a made-up text, for the same reason
 
 
@@ -176,7 +177,8 @@ def made_rows(name: str, dtype: str, shape: tuple, samples: list[bytes], size: i
     """
     shape = [ROWS, *(size if inner is None else inner for inner in shape[1:])]
     if dtype == "string":
-        items = samples or [made_png(row) if name == "image_bytes" else made_text(row) for row in range(ROWS)]
+        make = {"image_bytes": made_png, "audio_bytes": made_wav}.get(name, made_text)
+        items = samples or [make(row) for row in range(ROWS)]
         column = np.array([items[row % len(items)] for row in range(ROWS)], object)
         return np.broadcast_to(column.reshape([ROWS] + [1] * (len(shape) - 1)), shape).copy()
     largest = 256 if dtype.startswith("float") else 2
@@ -186,6 +188,14 @@ def made_rows(name: str, dtype: str, shape: tuple, samples: list[bytes], size: i
 def made_text(row: int) -> bytes:
     """Words, more of them in every row."""
     return b" ".join([b"made up %d" % row] * TEXT_REPEATS[row])
+
+
+def made_wav(row: int) -> bytes:
+    """A WAV file of faint noise, mono, 16 bits, 16 kHz, longer in every row; the last one fills several windows."""
+    samples = np.random.default_rng(row).integers(-3000, 3000, WAV_SAMPLES[row]).astype("<i2").tobytes()
+    form = struct.pack("<IHHIIHH", 16, 1, 1, 16_000, 32_000, 2, 16)
+    chunks = b"WAVEfmt " + form + struct.pack("<4sI", b"data", len(samples)) + samples
+    return struct.pack("<4sI", b"RIFF", len(chunks)) + chunks
 
 
 def made_png(row: int) -> bytes:

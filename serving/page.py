@@ -33,6 +33,7 @@ POLICY = {
     "script-src": hash_source("script"),
     "style-src": hash_source("style"),
     "img-src": "blob: data:",  # previews of the user's own files, and the icon
+    "media-src": "blob:",  # players of the user's own sounds
     "connect-src": "'self'",
     "base-uri": "'none'",
     "form-action": "'none'",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import wave
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ FRAME_BYTES = 16  # around a TFRecord: its length and two checksums (tensorflow/
 IMAGE_SIZE = (375, 500)  # rows, columns: ImageNet's photographs are about so large
 GRAIN = 8  # pixels per random colour: noise of single pixels would make far larger files than photographs are
 WORDS = 60  # of a text where the model tells no length of its own
+RATE_HZ, WINDOW_SECONDS = 16_000, 2.0  # of a sound where the model tells neither
 PIECES_PER_WORD = 4  # tokens that a made-up word falls into, about
 
 
@@ -90,10 +92,12 @@ def rows_for(inputs: dict, details: dict, samples, count: int) -> dict:
 
 
 def made_up(name: str, dtype: str, shape, details: dict, count: int) -> np.ndarray:
-    """`count` rows of noise for one input: JPEG files, texts, or numbers of the dtype and shape."""
+    """`count` rows of noise for one input: JPEG files, WAV files, texts, or numbers of the dtype and shape."""
     if dtype == "string":
-        make = noise_jpeg if name == "image_bytes" else noise_text
+        make = {"image_bytes": noise_jpeg, "audio_bytes": noise_wav}.get(name, noise_text)
         return np.array([make(seed, details) for seed in range(count)], object)
+    if name == "waveform":
+        return np.stack([noise_samples(seed, details) for seed in range(count)]).astype(dtype)
     height, width = details.get("image_size", IMAGE_SIZE)
     free = dict(enumerate([count, height, width]))
     sizes = [free.get(axis, 1) if size is None else size for axis, size in enumerate(shape)]
@@ -109,6 +113,24 @@ def noise_jpeg(seed: int, details: dict) -> bytes:
     coarse = np.random.default_rng(seed).integers(0, 256, [rows // GRAIN, columns // GRAIN, 3], np.uint8)
     file = io.BytesIO()
     Image.fromarray(coarse).resize((columns, rows), Image.Resampling.BICUBIC).save(file, "jpeg", quality=80)
+    return file.getvalue()
+
+
+def noise_samples(seed: int, details: dict) -> np.ndarray:
+    """Faint noise as long as the window that the model hears, [samples] float32, at its own sample rate."""
+    heard = {"sample_rate_hz": RATE_HZ, "window_seconds": WINDOW_SECONDS, **details.get("preprocess", {})}
+    count = max(1, round(heard["sample_rate_hz"] * heard["window_seconds"]))
+    return np.random.default_rng(seed).uniform(-0.1, 0.1, count).astype(np.float32)
+
+
+def noise_wav(seed: int, details: dict) -> bytes:
+    """A WAV file of faint noise, 16 bits, mono, as long as the window that the model hears."""
+    samples = noise_samples(seed, details)
+    rate_hz = details.get("preprocess", {}).get("sample_rate_hz", RATE_HZ)
+    file = io.BytesIO()
+    with wave.open(file, "wb") as writer:
+        writer.setparams((1, 2, rate_hz, len(samples), "NONE", ""))
+        writer.writeframes((samples * 32767).astype("<i2").tobytes())
     return file.getvalue()
 
 

@@ -187,7 +187,7 @@ def test_ctrl_c_leaves_what_was_learned_usable(png_folder, tiny_preset, tmp_path
             break
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75 and "Traceback" not in errors
-    assert f"`graft export {out}` makes a model of them" in errors
+    assert f"`graft export {out}` makes a model of the best weights so far" in errors
     assert not (out / "metrics.json").exists()
     assert main(["export", str(out)]) == 0
     assert (out / "serving" / "stopped" / "1" / "saved_model.pb").is_file()

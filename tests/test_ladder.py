@@ -96,6 +96,21 @@ def test_light_always_follows_and_nothing_follows_what_is_enough():
     )
 
 
+def test_no_rung_follows_where_many_validation_examples_are_all_right():
+    head = phase("head", val_accuracy=1.0)
+    assert ladder.decide([head], AUTO, 0.0, 100.0, 10.0)[0]  # how many is not known
+    head["climb"]["val_examples"] = 99
+    assert ladder.decide([head], AUTO, 0.0, 100.0, 10.0)[0]
+    head["climb"]["val_examples"] = 160
+    went_on, because = ladder.decide([head], AUTO, 0.0, 100.0, 10.0)
+    assert not went_on and because == "all 160 validation examples are right: no gain could show"
+    asked_for = [("head", 0), ("fine_tune", 2)]
+    assert ladder.decide([head], asked_for, 0.0, 100.0, 10.0)[0]
+    nearly = phase("head", val_accuracy=0.99)
+    nearly["climb"]["val_examples"] = 160
+    assert ladder.decide([nearly], AUTO, 0.0, 100.0, 10.0)[0]
+
+
 def test_the_next_rung_is_guessed_from_the_last():
     by_solver, by_steps = phase("head", 10.0, solver="lbfgs"), phase("head", 30.0)
     assert ladder.seconds_needed([by_solver], AUTO, 6, epochs=4) == 40.0

@@ -57,6 +57,8 @@ def test_config_objects_stop_at_pipelines():
         "pipelines.rescore",
         "pipelines.image",
         "pipelines.text",
+        "pipelines.audio",
+        "models.offline_sounds",
     ],
 )
 def test_what_must_start_fast_imports_no_tensorflow(module):

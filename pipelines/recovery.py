@@ -1,0 +1,390 @@
+"""A run that was stopped goes on: what training has reached lies in RUN/checkpoints/resume, each file whole or absent.
+
+A resumed run goes through the same story again. A phase that had ended is not trained but read (NUMBER-NAME.ended.npz);
+the one that was running goes on from its newest state (NUMBER-NAME.STEPS.npz, the last two are kept): a position
+(epoch, step), and the weights, optimizer slots, averages, best weights, history and loss sums that belong to it. Order,
+augmentation and dropout are pure functions of seed and position, so that the run ends as if nothing had happened.
+
+A loss that is no number, or EXPLODED times too large, takes training back to the last good step, at a lower rate.
+No TensorFlow here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import pathlib
+import shutil
+import time
+
+import numpy as np
+
+from models import GraftError
+from pipelines.console import PHASE_TITLES, console
+from pipelines.runs import write_json
+
+FORMAT = 1  # of the files: raise it when they would be read wrongly
+DIGEST_BYTES = 32  # of SHA-256
+STATES_KEPT = 2  # of the phase that is running: where the last one is damaged, the one before is taken
+GOOD_STEPS = 100  # steps after which what training may go back to is noted anew; also at the start of each epoch
+EXPLODED = 100.0  # times the loss of guessing, or of the phase's first step if that is more
+ROLLBACK_RATE = 0.25  # by which the learning rate is multiplied when training goes back,
+MOST_ROLLBACKS = 3  # at most so many times in a phase
+
+
+class Diverged(Exception):
+    """A loss that is no number, or far too large."""
+
+    def __init__(self, loss: float):
+        super().__init__(f"loss {loss}")
+        self.loss = loss
+
+
+# ---------------------------------------------------------------- where a phase is
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a phase is: `step` steps of epoch number `epoch` are done, counted from 0."""
+
+    epoch: int = 0
+    step: int = 0
+    sums: list = dataclasses.field(default_factory=lambda: [0.0] * 4)  # of this epoch: loss, weight, correct, examples
+    history: list = dataclasses.field(default_factory=list)  # a row per epoch
+    ended: bool = False  # by early stopping and its like
+    forgot: bool = False  # went beyond --forgetting-limit
+    best_epoch: int = 0  # of those that were kept; counted from 1
+    best_val_loss: float = math.inf
+    own_epoch: int = 0  # of all of this phase, kept or not; counted from 1
+    own_loss: float = math.inf
+    first_loss: float | None = None  # of the phase's first step
+    is_whole: bool = True  # false within a call of several steps, where only some may be done
+    rate_factor: float = 1.0  # of the learning rate, after rollbacks
+    rollbacks: list = dataclasses.field(default_factory=list)
+    best_weights: list = dataclasses.field(default_factory=list)  # numpy arrays, as are those of `right`
+    right: np.ndarray | None = None
+
+    def add(self, sums: np.ndarray, guessing_loss: float) -> None:
+        """Count a step in; raises Diverged where its loss is no number or far too large."""
+        loss = float(sums[0] / sums[1]) if sums[1] else 0.0
+        limit = EXPLODED * max(guessing_loss, self.first_loss or loss)
+        spent = len(self.rollbacks) == MOST_ROLLBACKS  # a large loss is then let be: the phase is undone in the end
+        if not math.isfinite(loss) or (loss > limit and not spent):
+            raise Diverged(loss)
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.step += 1
+        self.sums = [float(a) + float(b) for a, b in zip(self.sums, sums)]
+
+    def end_epoch(self, row: dict) -> None:
+        """Append a row of history and turn to the next epoch."""
+        self.history.append(row)
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0] * 4
+
+    @property
+    def mean_loss(self) -> float:
+        return self.sums[0] / self.sums[1]
+
+    @property
+    def accuracy(self) -> float:
+        return self.sums[2] / self.sums[3]
+
+
+def take(progress: Progress, variables: list) -> tuple[dict, dict]:
+    """A copy of where a phase is: facts and arrays, as `write_state` takes them.
+
+    variables: what training changes besides `progress`, in an order that is always the same.
+    """
+    facts = {
+        field.name: getattr(progress, field.name)
+        for field in dataclasses.fields(progress)
+        if field.name not in ("best_weights", "right")
+    }
+    arrays = {f"variable{index}": value_of(variable) for index, variable in enumerate(variables)}
+    arrays |= {f"best{index}": value for index, value in enumerate(progress.best_weights)}
+    if progress.right is not None:
+        arrays["right"] = progress.right
+    return json.loads(json.dumps(facts, default=float)), arrays
+
+
+def put_back(state: tuple[dict, dict], variables: list) -> Progress:
+    """Give variables the values of a state; returns the progress that belongs to them."""
+    facts, arrays = state
+    for index, variable in enumerate(variables):
+        variable.assign(arrays[f"variable{index}"])
+    best = [arrays[f"best{index}"] for index in range(sum(name.startswith("best") for name in arrays))]
+    facts = json.loads(json.dumps(facts))  # a copy: the state may be needed again
+    facts.pop("seconds", None)
+    return Progress(**facts, best_weights=best, right=arrays.get("right"))
+
+
+def value_of(variable) -> np.ndarray:
+    """The value of a variable of TensorFlow or Keras, mirrored or not, as an array of its own."""
+    return np.array(variable.numpy())
+
+
+def is_good(state: tuple[dict, dict]) -> bool:
+    """Whether all that training goes on from is a number."""
+    return all(np.isfinite(value).all() for name, value in state[1].items() if value.dtype.kind == "f")
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_state(path: pathlib.Path, facts: dict, arrays: dict) -> None:
+    """Write facts (what JSON holds) and arrays into one file, whole or not at all."""
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "w+b") as file:
+            pack(file, facts, arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def pack(file, facts: dict, arrays: dict) -> None:
+    """Write facts and arrays to a binary file: an .npz, and the SHA-256 of that."""
+    text = json.dumps({"format": FORMAT, **facts}, default=float)
+    np.savez(file, facts=np.frombuffer(text.encode(), np.uint8), **arrays)
+    file.seek(0)
+    digest = hashlib.file_digest(file, "sha256").digest()
+    file.seek(0, os.SEEK_END)
+    file.write(digest)
+
+
+def unpack(data: bytes) -> tuple[dict, dict]:
+    """What `pack` has written. Raises ValueError where it is damaged, or of another format."""
+    content, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        raise ValueError("damaged")
+    with np.load(io.BytesIO(content)) as parts:
+        arrays = {name: parts[name] for name in parts.files}
+    facts = json.loads(arrays.pop("facts").tobytes())
+    if facts.pop("format") != FORMAT:
+        raise ValueError("of another version of Graft")
+    return facts, arrays
+
+
+def packed(facts: dict, arrays: dict) -> np.ndarray:
+    """As `pack`, [n] uint8."""
+    file = io.BytesIO()
+    pack(file, facts, arrays)
+    return np.frombuffer(file.getvalue(), np.uint8)
+
+
+class Recovery:
+    """What a run has saved of its training, and saves; without a folder it only knows what to go back to."""
+
+    def __init__(self, run_dir: pathlib.Path | None = None, every_s: float = math.inf, from_chief=lambda found: found):
+        """every_s: seconds from one saved state of a phase to the next.
+
+        from_chief: of several workers, of whom only the chief has a folder: what it has read -> that, on all of them.
+        """
+        self.folder = run_dir / "checkpoints" / "resume" if run_dir else None
+        self.every_s, self.from_chief = every_s, from_chief
+        self.trusted = True  # until a phase is trained anew: what follows it on disk then no longer counts
+        self.number, self.progress, self.variables, self.good = 0, None, [], None
+        self.begin("")
+
+    def start_run(self, identity: dict[str, str]) -> None:
+        """Note what a resumed run must find again, or compare with what was noted.
+
+        identity: such as the data's fingerprint, by what a user would call it.
+
+        Raises:
+            GraftError: something is no longer what the run began with.
+        """
+        if not self.folder:
+            return
+        noted = self.folder / "run.json"
+        if not noted.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(noted, identity)
+            return
+        known = json.loads(noted.read_text())
+        changed = [name for name in identity if known.get(name) != identity[name]]
+        if changed:
+            raise GraftError(
+                f"{self.folder.parents[1]} cannot go on: {' and '.join(changed)} changed since it began. Put back what "
+                f"was there, or train anew into another folder."
+            )
+
+    # ---- one phase
+
+    def begin(self, name: str) -> None:
+        """Turn to the next phase."""
+        self.number, self.name, self.good = self.number + (name != ""), name, None
+        self.spent_s, self.started, self.last_saved = 0.0, time.monotonic(), time.monotonic()
+
+    def ended_phase(self, weights: list) -> dict | None:
+        """What a phase gave that an earlier process has trained to its end, its weights put into place; or None."""
+        found = self._read([self._path("ended")])
+        if not found:
+            return None
+        facts, arrays = found
+        for index, weight in enumerate(weights):
+            weight.assign(arrays[f"weight{index}"])
+        phase = {**facts["phase"], "right": arrays["right"]}
+        if "kernel" in arrays:
+            phase["simplest"] = (arrays["kernel"], arrays["bias"])
+        self.spent_s = facts["seconds"]
+        console.print(f"  {self.name}: had ended when the run was stopped")
+        return phase
+
+    def newest_state(self) -> tuple[dict, dict] | None:
+        """The newest whole state of this phase, where an earlier process has left one."""
+        found = self._read(self._states())
+        if found:
+            self.spent_s = found[0]["seconds"]
+            place = f"epoch {found[0]['epoch'] + 1}, after {found[0]['step']} steps"
+            console.print(f"  {self.name}: going on in {place}")
+        return found
+
+    def watch(self, progress: Progress, variables: list) -> None:
+        """Progress and variables are what is saved from now on, and what training goes back to if need be."""
+        self.progress, self.variables = progress, variables
+        self.good = self.good or self.state()
+
+    def state(self) -> tuple[dict, dict]:
+        """Where the phase is now."""
+        facts, arrays = take(self.progress, self.variables)
+        return facts | {"seconds": self.spent_s + time.monotonic() - self.started}, arrays
+
+    def is_due(self) -> bool:
+        return self.folder is not None and time.monotonic() - self.last_saved > self.every_s
+
+    def between_steps(self, due: bool, steps: int) -> None:
+        """After so many steps in one go: save where a save is due, else note every GOOD_STEPS what to go back to."""
+        if due:
+            self.save()
+        elif self.progress.step // GOOD_STEPS > (self.progress.step - steps) // GOOD_STEPS:
+            state = self.state()
+            self.good = state if is_good(state) else self.good
+
+    def save(self) -> None:
+        """Save where the phase is; the last STATES_KEPT stay. Not where a weight is no longer a number."""
+        state = self.state()
+        if is_good(state):
+            self.good = state
+            self.write()
+
+    def write(self) -> None:
+        """Write the last good state."""
+        if self.folder:
+            states = self._states()
+            serial = int(states[0].name.split(".")[-2]) + 1 if states else 1
+            write_state(self._path(f"{serial:06}"), *self.good)
+            for path in self._states()[STATES_KEPT:]:
+                path.unlink(missing_ok=True)
+        self.last_saved = time.monotonic()
+
+    @contextlib.contextmanager
+    def saved_when_stopped(self):
+        """Around the training of a phase: what stops it (SIGTERM, a file that is gone) is passed on after a save."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.save()
+            raise
+        except Exception as error:
+            if is_missing_file(error) and self.progress.is_whole:
+                self.save()
+            raise
+
+    def go_back(self, loss: float, learning_rate: float) -> tuple[dict, dict]:
+        """The last good state, and from now on a lower rate; learning_rate: the phase's at its beginning.
+
+        Raises:
+            GraftError: training has gone back MOST_ROLLBACKS times already.
+        """
+        now = self.progress
+        if len(now.rollbacks) == MOST_ROLLBACKS:
+            raise GraftError(
+                f"The loss of phase {self.name} is not finite in epoch {now.epoch + 1} ({loss}), nor was it at "
+                f"{MOST_ROLLBACKS} higher rates. Lower the learning rate ({learning_rate:g} at first, "
+                f"{learning_rate * now.rate_factor:g} now)."
+            )
+        factor = now.rate_factor * ROLLBACK_RATE
+        rollback = {
+            "epoch": now.epoch + 1,
+            "step": now.step + 1,
+            "loss": loss if math.isfinite(loss) else None,  # JSON has no word for it
+            "learning_rate": learning_rate * factor,
+        }
+        facts, arrays = self.good
+        self.good = facts | {"rate_factor": factor, "rollbacks": [*now.rollbacks, rollback]}, arrays
+        console.print(f"[yellow]  {rollback_sentence(rollback)}")
+        self.write()
+        return self.good
+
+    def end(self, phase: dict, weights: list, seconds: float) -> None:
+        """Note what a phase gave; its states are no longer needed. seconds: what it took of --budget."""
+        self.trusted = False
+        if not self.folder:
+            return
+        arrays = {f"weight{index}": value_of(weight) for index, weight in enumerate(weights)}
+        arrays |= dict(zip(("kernel", "bias"), phase.get("simplest", ()))) | {"right": phase["right"]}
+        facts = {name: value for name, value in phase.items() if name not in ("right", "simplest")}
+        write_state(self._path("ended"), {"phase": facts, "seconds": seconds}, arrays)
+        for path in self._states():
+            path.unlink(missing_ok=True)
+
+    # ---- files
+
+    def remove(self) -> None:
+        """The run is complete: nothing of this is needed any more."""
+        if self.folder:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _path(self, what: str) -> pathlib.Path | None:
+        return self.folder / f"{self.number}-{self.name}.{what}.npz" if self.folder else None
+
+    def _states(self) -> list[pathlib.Path]:
+        """The states of this phase, newest first."""
+        return sorted(self.folder.glob(f"{self.number}-{self.name}.[0-9]*.npz"), reverse=True) if self.folder else []
+
+    def _read(self, paths: list[pathlib.Path]) -> tuple[dict, dict] | None:
+        """The first of some files that is whole; says so where one is damaged."""
+        if not self.trusted:
+            return None
+        found = None
+        for path in paths if self.folder else ():
+            try:
+                found = unpack(path.read_bytes())
+                break
+            except FileNotFoundError:
+                continue
+            except (OSError, ValueError) as error:
+                console.print(f"[yellow]  {path} is {error}. Going on from what was saved before it.")
+        return self.from_chief(found)
+
+
+def is_missing_file(error: BaseException) -> bool:
+    """Whether TensorFlow or Python says that a file is not there."""
+    return isinstance(error, FileNotFoundError) or type(error).__name__ == "NotFoundError"
+
+
+# ---------------------------------------------------------------- what is said of it
+
+
+def rollback_sentence(rollback: dict) -> str:
+    what = "was no longer a number" if rollback["loss"] is None else f"exploded to {rollback['loss']:.3g}"
+    return (
+        f"The loss {what} in epoch {rollback['epoch']}, step {rollback['step']}: training went back to the last good "
+        f"step, and on at a learning rate of {rollback['learning_rate']:.2g}."
+    )
+
+
+def verdicts(phases: list[dict]) -> list[str]:
+    """What one would tell a colleague about rollbacks."""
+    return [
+        f"{PHASE_TITLES.get(phase['name'], phase['name'])}: {rollback_sentence(rollback)}"
+        for phase in phases
+        for rollback in phase.get("rollbacks", ())
+    ]
