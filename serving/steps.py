@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from models import GraftError
 from serving.answer_checks import check_answers, check_contract, read_class_names, read_thresholds, read_unsure_below
 from serving.batch_checks import check_padding, check_rows, check_warmup, read_batching
 from serving.libraries import loaded_release
+from serving.runtime import load_library
 from serving.session import Session
 from serving.static_checks import CheckFailed, check_layout, check_ops, read_metagraph
 
@@ -89,11 +91,14 @@ def known_of(folder) -> dict:
 
 
 def in_fresh_process(step: Callable, task: dict) -> tuple[str, dict]:
-    """What `step(task)` returns or raises, in a process forked from this one, which must not have loaded TensorFlow.
+    """What `step(task)` returns or raises, in a process forked from this one.
 
+    Where this one has loaded TensorFlow the step runs in it: a fork has none of its threads, and would wait for ever.
     Nothing that one step leaves in the runtime, such as a table that a request has filled, reaches the next; one that
     takes the process down, as it would the server, is told from one that fails. Raises CheckFailed for it.
     """
+    if "tensorflow" in sys.modules or load_library.cache_info().currsize:
+        return step(task)
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=send_result, args=(step, task, sender))

@@ -20,7 +20,7 @@ from serving.answer_checks import check_answers
 from serving.export import export_image_classifier
 from serving.session import Session
 from serving.static_checks import CheckFailed, read_op_list
-from serving.steps import STEPS
+from serving.steps import STEPS, in_fresh_process
 from serving.verify import VerificationError, run_steps, verify
 from tests.conftest import tiny_backbone
 from tests.test_export import CLASSES, encoded_image, tiny_classifier, training_answers
@@ -392,3 +392,8 @@ except CheckFailed as error:
 def test_each_step_has_a_process_and_one_that_takes_it_down_is_told():
     done = subprocess.run([sys.executable, "-c", FRESH_STEPS], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "3 SIGSEGV ended the process, as it would end the server\n"
+
+
+def test_a_process_with_tensorflow_is_not_forked():
+    """Its threads would be missing: the step runs in it."""
+    assert in_fresh_process(lambda task: (str(os.getpid()), {}), {}) == (str(os.getpid()), {})

@@ -35,6 +35,8 @@ def tests(what: str, *words):
     """A row for tests of the suite, run with pytest words: quick, slow and those of the full list."""
     command = [PYTHON, "-m", "pytest", "-q", "-m", "", "--durations=0", *words]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        print(done.stdout[-8000:], flush=True)  # which ones failed, and why
     return (what, done.stdout.strip().splitlines()[-1], "passed", done.returncode == 0)
 
 
