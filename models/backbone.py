@@ -95,6 +95,7 @@ class Backbone:
     blocks: list[Block]  # bottom to top; block 0 holds the stem, the last one what follows the last unit
     feature_size: int  # width of the pooled features
     pooling: str = "average"  # a key of POOLINGS: how features become one vector per example
+    frozen_front: int = 0  # bottom blocks that stay frozen even under --depth full (the convolutions of Wav2Vec2)
     source_head: tuple | None = None  # the original classifier: (kernel [feature_size, n], bias [n])
     source: dict = dataclasses.field(default_factory=dict)  # package, version, file, sha256, licence, url
 

@@ -19,7 +19,7 @@ def freeze(model: Classifier) -> None:
 
 
 def unfreeze_top(model: Classifier, count: int, train_batch_norm: bool = False) -> None:
-    """Thaw the top `count` blocks and freeze those below.
+    """Thaw the top `count` blocks and freeze those below; asked for, a frozen front thaws too.
 
     BatchNorm layers stay frozen wholly (statistics, gamma and beta) unless `train_batch_norm`:
     on a small dataset their batch statistics are noise that destroys what the backbone knows.
@@ -32,8 +32,13 @@ def unfreeze_top(model: Classifier, count: int, train_batch_norm: bool = False) 
 
 
 def unfreeze_all(model: Classifier, train_batch_norm: bool = False) -> None:
-    """Thaw every block; BatchNorm layers stay frozen unless `train_batch_norm`."""
-    _set_blocks(model, trainable_count=len(model.blocks), train_batch_norm=train_batch_norm)
+    """Thaw every block above the backbone's frozen front; BatchNorm layers stay frozen unless `train_batch_norm`."""
+    _set_blocks(model, trainable_count=thawable_blocks(model), train_batch_norm=train_batch_norm)
+
+
+def thawable_blocks(model: Classifier) -> int:
+    """How many blocks --depth full thaws: all but the front that the backbone's makers never fine-tuned."""
+    return len(model.blocks) - model.backbone.frozen_front
 
 
 def unfreeze_matching(model: Classifier, patterns: list[str], train_batch_norm: bool = False) -> None:

@@ -13,6 +13,7 @@ from models.audio_families import FAMILIES as AUDIO
 from models.audio_families import audio_family_of, audio_types
 from models.text_families import FAMILIES, family_of, text_types
 from models.text_settings import check_settings
+from models.wav2vec2_settings import encoder_settings
 
 RANDOM = "random:"  # before a name: its architecture with random weights, to compare pretraining with
 
@@ -89,6 +90,8 @@ def check_folder(folder: pathlib.Path, kind: str | None = "image") -> None:
             layouts.transformers_files(folder)
         if layout == "huggingface" and found == "text":
             check_settings(folder, families["text"], config)
+        if families["audio"] in ("wav2vec2", "hubert"):
+            encoder_settings(folder, config)
     elif kind in ("text", "audio"):
         raise _no_such_model(folder, config, kind)
     elif layout in ("huggingface", "timm"):

@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from models import GraftError
-from pipelines.stopping import EXIT_CODE, stop_signals
+from pipelines.stopping import EXIT_CODE, exit_code, stop_signals
 
 COMMANDS = {  # word: (module, function, what it does)
     "image": ("pipelines.image", "main", "fine-tune an image model on your pictures and export it"),
@@ -16,12 +16,14 @@ COMMANDS = {  # word: (module, function, what it does)
     "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
     "embed": ("pipelines.embed", "embed", "vectors of files or texts from a run's exported model"),
     "rank": ("pipelines.rank", "rank", "which backbone suits your data, in minutes and without training"),
+    "curve": ("pipelines.curve", "curve", "what more data would bring, in minutes"),
     "evaluate": ("pipelines.rescore", "evaluate_run", "score a run's exported model on other labelled data"),
     "publish": ("pipelines.publish", "publish_run", "publish a run's model where TensorFlow Serving watches"),
     "rollback": ("pipelines.publish", "rollback_version", "serve an older published version again"),
     "versions": ("pipelines.publish", "print_versions", "list the published versions of a model"),
     "ask": ("pipelines.ask", "ask_server", "label files or texts with a served model"),
     "compare": ("pipelines.compare", "compare", "which answers change from one version of a model to the next"),
+    "doctor": ("pipelines.doctor", "doctor", "what this machine has, and what to change"),
     "export": ("pipelines.export", "export_run", "export a run again, or what a stopped run had learned"),
 }
 
@@ -61,10 +63,10 @@ def guarded(command, argv: list[str]) -> int:
             return command(argv)
     except GraftError as error:
         print(f"graft: {error}", file=sys.stderr)
-        return error.exit_code
+        return exit_code(error.exit_code)
     except KeyboardInterrupt:
         print("graft: stopped.", file=sys.stderr)
-        return EXIT_CODE
+        return exit_code(EXIT_CODE)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pipelines import facts, resume, runs
 from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
+from pipelines.devices import settle
 from pipelines.options import AudioConfig
 from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
 from pipelines.sounds import check_window, find_sounds, load_sounds, long_clips_warning, sound_parts, sound_predictor
@@ -47,7 +48,9 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     found, run_dir = check_request(config, resumed)  # needs no TensorFlow: a mistake answers at once
     console.print(f"Data: {len(found):,} clips in {config.input.data}")
     start_tensorflow(config.training.seed)
+    settle(config.training)
     from pipelines.callbacks import ProgressPrinter, tensorboard
+    from pipelines.contract import trained_sound_contract
     from pipelines.distribute import from_chief, is_chief, leave, make_strategy, shard_of
     from pipelines.evaluate import check_positive
     from pipelines.label_checks import class_warnings, examiner
@@ -56,7 +59,7 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     from pipelines.recovery import Recovery
     from pipelines.sound_augmentation import sound_loader
     from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer
+    from pipelines.transfer import judge_transfer, probe_verdict
 
     strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
     chief = is_chief(strategy)  # of several workers, the one that writes
@@ -76,8 +79,15 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     read_inputs = functools.partial(sound_parts, preprocess=preprocess)
     loader = functools.partial(sound_loader, preprocess, noise_snr_db=config.fine_tune.noise_snr_db)
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
+    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
     examined, examine = examiner(splits, config)
+    probed = {}
+
+    def examine_features(features):
+        examine(features)
+        probed.update(probe_verdict(model, splits, loader, config, read_inputs, "audio"))
+        return probed["verdict"] == "hurts"
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -85,8 +95,9 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
 
     with runs.explained(run_dir, shard_of(strategy)[1]):
         # The head only, then the top blocks too, then all: for as long as it pays, or as deep as --depth says.
+        contract = trained_sound_contract(preprocess)
         if chief:
-            runs.start_run_folder(run_dir, config, splits)
+            runs.start_run_folder(run_dir, config, splits, contract)
         every_s = config.training.checkpoint_seconds
         recovery = Recovery(run_dir if chief else None, every_s, functools.partial(from_chief, strategy))
         phases, logits_of = fit_two_phase(
@@ -99,7 +110,7 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
             on_start=print_trainable_table,
             on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
             on_end=test_phase,
-            on_features=examine if chief else None,
+            on_features=examine_features if chief else None,
             read_inputs=read_inputs,
             recovery=recovery,
         )
@@ -112,10 +123,10 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
         baselines = log_mel_baselines(splits, config.training.seed)
         clock.lap("evaluation")
 
-        # Whether what was pretrained was of use here at all.
+        # The verdict on transfer, with what became of it.
         raw_accuracy = baselines[0]["accuracy"]
         transfer = judge_transfer(
-            model, splits, loader, config, scored[0]["test"], read_inputs, raw_accuracy, kind="audio"
+            model, splits, loader, config, scored[0]["test"], read_inputs, raw_accuracy, probed, kind="audio"
         )
         clock.lap("transfer verdict")
 
@@ -123,7 +134,7 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
         # What it must answer comes from the files through the whole model, nothing from the cache.
         predict = sound_predictor(model, preprocess, config.training.batch_size)
         samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-        version, checked = publish_sounds(model, splits.class_names, run_dir, samples, predict, *scored[2:])
+        version, checked = publish_sounds(model, splits.class_names, run_dir, samples, predict, *scored[2:4], contract)
         clock.lap("export and verification")
 
         findings = scored, version, checked, clock, transfer, examined, baselines
@@ -176,7 +187,14 @@ def build_model(config: AudioConfig, class_names: list[str], multi_label: bool =
 
 
 def publish_sounds(
-    model, class_names: list[str], run_dir: pathlib.Path, samples, predict, thresholds=None, calibration=None
+    model,
+    class_names: list[str],
+    run_dir: pathlib.Path,
+    samples,
+    predict,
+    thresholds=None,
+    calibration=None,
+    contract=None,
 ):
     """Export and verify on a table of clips, as `pipelines.results.publish` does.
 
@@ -184,6 +202,7 @@ def publish_sounds(
         predict: a function of a table -> logits of the whole model.
         thresholds: [classes] float32, of a multi-label model.
         calibration: as `pipelines.calibration.calibrate` gives it.
+        contract: as `pipelines.results.publish` takes it.
     """
     from serving.export_audio import export_audio_classifier
 
@@ -196,7 +215,7 @@ def publish_sounds(
 
     files = [pathlib.Path(path).read_bytes() for path in samples["path"].to_pylist()]
     logits = predict(samples) / np.float32(serves["temperature"])
-    return publish(run_dir, write, files, facts.probabilities_of(logits, model.multi_label))
+    return publish(run_dir, write, files, facts.probabilities_of(logits, model.multi_label), contract=contract)
 
 
 def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict]:
@@ -211,7 +230,8 @@ def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict
     samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
     thresholds = thresholds_of_run(run_dir, predict) if multi_label else None
     calibration = None if multi_label else calibration_of_run(run_dir, config, predict)
-    return publish_sounds(model, class_names, run_dir, samples, predict, thresholds, calibration)
+    contract = state.get("input_contract")
+    return publish_sounds(model, class_names, run_dir, samples, predict, thresholds, calibration, contract)
 
 
 if __name__ == "__main__":

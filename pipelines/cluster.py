@@ -124,7 +124,7 @@ def set_tf_config() -> dict:
     if found is None:
         raise GraftError(
             "--distribute multiworker: the environment names no cluster. Set TF_CONFIG, or start under Slurm's srun, "
-            "an indexed Job with WORKER_HOSTS, or a JobSet (serving/deploy has examples)."
+            "an indexed Job with WORKER_HOSTS, or a JobSet (pipelines/deploy has examples)."
         )
     os.environ["TF_CONFIG"] = json.dumps(found)
     return found

@@ -63,6 +63,11 @@ def compare(argv: list[str]) -> int:
     config = tyro.cli(CompareConfig, args=argv, prog="graft compare")
     check_limits(config)
     with open_model(config.old) as (old, old_details), open_model(config.new) as (new, new_details):
+        if old_details and new_details and set(old_details) != set(new_details):
+            console.print(
+                f"[yellow]Note: the classes differ: {len(set(old_details) - set(new_details)):,} of OLD's are gone, "
+                f"{len(set(new_details) - set(old_details)):,} are new."
+            )
         details = inputs_of(old, config.old)
         if details != inputs_of(new, config.new):
             raise GraftError(f"{config.old} and {config.new} take different inputs: they cannot be compared.")

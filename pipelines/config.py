@@ -137,7 +137,7 @@ RANGES = (  # flags, what must hold, how to say it
     (("dropout", "label_smoothing", "warmup", "ema"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
     (("abstain_below_precision",), lambda v: 0 <= v < 1, "0 or more and less than 1"),
     (("sequence_length",), lambda v: v >= 4, "4 or more"),
-    (("random_erasing", "target", "forgetting_limit"), lambda v: 0 <= v <= 1, "from 0 to 1"),
+    (("random_erasing", "target", "forgetting_limit", "gap_limit"), lambda v: 0 <= v <= 1, "from 0 to 1"),
     (("specificity",), lambda v: 0 < v < 1, "between 0 and 1"),
 )
 

@@ -61,12 +61,15 @@ def quiet_stderr():
 
 
 def start_tensorflow(seed: int) -> None:
-    """Import TensorFlow and Keras without their chatter, and seed them."""
+    """Import TensorFlow and Keras without their chatter, let GPUs' memory grow, and seed them."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with console.status("starting TensorFlow"), quiet_stderr():
         import keras
         import tensorflow as tf
 
+        from pipelines.devices import grow_memory
+
+        grow_memory()
         if not is_multi_worker(os.environ):  # a worker's strategy must come before its devices
             tf.config.list_logical_devices()
     keras.utils.set_random_seed(seed)

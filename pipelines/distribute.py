@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from models import GraftError
-from pipelines import cluster
+from pipelines import cluster, stopping
 from pipelines.console import console
 
 HEARTBEAT_S = 20  # without a sign of life a worker counts as dead
@@ -52,6 +52,7 @@ def multi_worker_strategy():
     found = cluster.set_tf_config()
     index, count = cluster.place_in(found)
     console.quiet = index > 0
+    stopping.leave_at_once()  # the end of an interpreter would wait for workers that are gone
     console.print(f"Worker {index} of {count}: waiting for the others")
     _watch_peers(found, count)
     return tf.distribute.MultiWorkerMirroredStrategy()
@@ -134,11 +135,13 @@ def summed(strategy, values: np.ndarray) -> np.ndarray:
     """The sum over all workers of an array that each of them has, of any shape; the same on each."""
     if shard_of(strategy)[1] == 1:
         return values
-    return _sum_function(strategy)(tf.constant(values)).numpy()
+    values = np.asarray(values)
+    return _sum_function(strategy, values.shape, values.dtype)(tf.constant(values)).numpy()
 
 
 @functools.cache
-def _sum_function(strategy):
+def _sum_function(strategy, shape: tuple[int, ...], dtype):
+    """What sums arrays of one shape and dtype over all workers."""
     replicas = strategy.num_replicas_in_sync // shard_of(strategy)[1]
 
     @tf.function(autograph=False)

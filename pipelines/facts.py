@@ -240,7 +240,7 @@ def changed_flags(config) -> list[str]:
 def machine_metrics(facts: dict) -> dict:
     """metrics.json: figures without pictures; two equal runs differ in `seconds` and `created` only."""
     kept = ("kind", "created", "class_names", "thresholds", "examples", "class_counts", "verdicts", "warnings")
-    kept += ("baselines", "climb", "forgetting", "transfer", "advice", "calibration")
+    kept += ("baselines", "climb", "forgetting", "transfer", "advice", "calibration", "overfitting")
     kept += ("exact_copies", "near_copies", "label_check")
     settings = {name: value for name, value in facts["settings"].items() if name != "out"}
     return {

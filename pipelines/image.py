@@ -23,6 +23,7 @@ from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
 from pipelines.data import image_loader, load_images
+from pipelines.devices import settle
 from pipelines.options import ImageConfig
 from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
 from pipelines.sources import drop_small_classes, find_images, is_multi_label
@@ -48,7 +49,9 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     found, run_dir = check_request(config, resumed)  # needs no TensorFlow: a mistake answers at once
     console.print(f"Data: {len(found):,} images in {config.input.data}")
     start_tensorflow(config.training.seed)
+    settle(config.training)
     from pipelines.callbacks import ProgressPrinter, tensorboard
+    from pipelines.contract import trained_image_contract
     from pipelines.distribute import from_chief, is_chief, leave, local_strategy, make_strategy, shard_of
     from pipelines.evaluate import check_positive
     from pipelines.label_checks import class_warnings, examiner
@@ -56,7 +59,7 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     from pipelines.prediction import predictor
     from pipelines.recovery import Recovery
     from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer
+    from pipelines.transfer import judge_transfer, probe_verdict
 
     strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
     chief = is_chief(strategy)  # of several workers, the one that writes
@@ -74,8 +77,15 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     def loader(augmentation, random_erasing=0.0):
         return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing, splits.plain)
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
+    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
     examined, examine = examiner(splits, config)
+    probed = {}
+
+    def examine_features(features):
+        examine(features)
+        probed.update(probe_verdict(model, splits, loader, config))
+        return probed["verdict"] == "hurts"
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -83,8 +93,9 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
 
     with runs.explained(run_dir, shard_of(strategy)[1]):
         # The head only, then the top blocks too, then all: for as long as it pays, or as deep as --depth says.
+        contract = trained_image_contract(model.backbone.preprocess, splits.white_level)
         if chief:
-            runs.start_run_folder(run_dir, config, splits)
+            runs.start_run_folder(run_dir, config, splits, contract)
         every_s = config.training.checkpoint_seconds
         recovery = Recovery(run_dir if chief else None, every_s, functools.partial(from_chief, strategy))
         phases, logits_of = fit_two_phase(
@@ -97,7 +108,7 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
             on_start=print_trainable_table,
             on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
             on_end=test_phase,
-            on_features=examine if chief else None,
+            on_features=examine_features if chief else None,
             recovery=recovery,
         )
         clock.lap("training")
@@ -108,15 +119,15 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
             return leave(strategy, run_dir)
         clock.lap("evaluation")
 
-        # Whether what was pretrained was of use here at all.
-        transfer = judge_transfer(model, splits, loader, config, scored[0]["test"])
+        # The verdict on transfer, with what became of it.
+        transfer = judge_transfer(model, splits, loader, config, scored[0]["test"], probed=probed)
         clock.lap("transfer verdict")
 
         # A version for TensorFlow Serving, verified before it gets its number.
         # What it must answer comes from the files through the whole model, nothing from the cache.
         predict = predictor(model, local_strategy(strategy), loader("none"), config.training.batch_size)
         samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-        version, checked = publish_images(model, splits, run_dir, samples, predict, *scored[2:])
+        version, checked = publish_images(model, splits, run_dir, samples, predict, *scored[2:4], contract)
         clock.lap("export and verification")
 
         findings = scored, version, checked, clock, transfer, examined
@@ -174,7 +185,9 @@ def build_model(config: ImageConfig, class_names: list[str], multi_label: bool =
     return Classifier(backbone, len(class_names), config.model.dropout, config.training.seed, multi_label)
 
 
-def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thresholds=None, calibration=None):
+def publish_images(
+    model, splits, run_dir: pathlib.Path, samples, predict, thresholds=None, calibration=None, contract=None
+):
     """Export and verify on a table of images, as `pipelines.results.publish` does.
 
     Args:
@@ -182,6 +195,7 @@ def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thres
         predict: a function of a table -> logits of the whole model.
         thresholds: [classes] float32, of a multi-label model.
         calibration: as `pipelines.calibration.calibrate` gives it.
+        contract: as `pipelines.results.publish` takes it.
     """
     from serving.export import export_image_classifier
 
@@ -206,7 +220,7 @@ def publish_images(model, splits, run_dir: pathlib.Path, samples, predict, thres
     files = [pathlib.Path(path).read_bytes() for path in samples["path"].to_pylist()]
     expected = predict(samples) if files else np.zeros((0, len(splits.class_names)), np.float32)
     expected = facts.probabilities_of(expected / np.float32(serves["temperature"]), model.multi_label)
-    return publish(run_dir, write, files, expected, write_variables)
+    return publish(run_dir, write, files, expected, write_variables, contract)
 
 
 def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict]:
@@ -226,7 +240,8 @@ def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict
     samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
     thresholds = thresholds_of_run(run_dir, predict) if multi_label else None
     calibration = None if multi_label else calibration_of_run(run_dir, config, predict)
-    return publish_images(model, noted, run_dir, samples, predict, thresholds, calibration)
+    contract = state.get("input_contract")
+    return publish_images(model, noted, run_dir, samples, predict, thresholds, calibration, contract)
 
 
 if __name__ == "__main__":

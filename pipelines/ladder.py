@@ -26,6 +26,8 @@ import numpy as np
 
 TELLING = 100  # validation examples from which "all right" is no matter of luck
 LEAST_GAIN = 0.005  # of accuracy: half a point is what a deeper rung must still be able to bring
+FAR_RATE = 10  # times the usual one, of the whole backbone where transfer hurts
+FAR = f"  The bare input says more than the pretrained features: they must change, at {FAR_RATE} times the usual rate."
 QUANTILE = 0.8416  # of the standard normal distribution: 80% lie below
 
 
@@ -35,7 +37,7 @@ def rungs_of(depth: str, blocks: int | None, light_blocks: int, total: int) -> l
     Args:
         depth: --depth; blocks: what `pipelines.config.depth_blocks` makes of it.
         light_blocks: --light-blocks, of --depth auto.
-        total: blocks of the backbone. One of a single block has no light rung.
+        total: blocks of the backbone above its frozen front. One of a single block has no light rung.
     """
     if depth == "auto":
         light = min(light_blocks, total - 1)
@@ -106,7 +108,7 @@ def seconds_needed(phases: list[dict], rungs: list[tuple], total: int, epochs: i
 
     Args:
         phases, rungs: as `decide` takes them.
-        total: blocks of the backbone; epochs: most epochs of the next rung.
+        total: blocks that full thaws; epochs: most epochs of the next rung.
     """
     if len(phases) == len(rungs):
         return 0.0
@@ -143,6 +145,21 @@ def decide(phases: list[dict], rungs: list[tuple], target: float, left: float, n
     high = last["interval"][1]
     excluded = high < LEAST_GAIN
     return not excluded, f"a gain of half a point is {'' if excluded else 'not '}excluded ({100 * high:+.1f} at most)"
+
+
+def deeper_rate(options, far: bool) -> float:
+    """Learning rate of a deeper phase: the one asked for, or a higher one where that is `far`.
+
+    Where a linear model of the bare input beats one of the pretrained features, small steps away from these lead
+    nowhere: the whole backbone then learns at FAR_RATE times the rate, which on `digits` lowers the validation loss
+    from 0.208 to 0.165 (96 pixels, 4 epochs). On other data validation decides as of any phase. A rate that the user
+    chose stays.
+
+    Args:
+        options: `pipelines.options.FineTuneOptions` or its like.
+    """
+    rate = options.fine_tune_learning_rate
+    return FAR_RATE * rate if far and rate == type(options)().fine_tune_learning_rate else rate
 
 
 def starting_weights(weights: list, head: list, simplest: tuple | None) -> list[tuple]:

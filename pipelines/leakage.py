@@ -54,6 +54,26 @@ def copies_warnings(figures: dict, noun: str = "image") -> list[str]:
     ]
 
 
+def exact_pairs(splits, report_inputs: str = "all") -> list[dict]:
+    """Test examples that are in train or val too, for the report: at most SHOWN_PAIRS of test and other, as `shown`."""
+    known = {}
+    for name, table in (("train", splits.train), ("val", splits.val)):
+        for row, identity in enumerate(table["id"].to_pylist()):
+            known.setdefault(identity, (name, table, row))
+    pairs = []
+    for row in np.flatnonzero(copied(splits))[:SHOWN_PAIRS]:
+        test = splits.test.slice(int(row), 1).to_pylist()[0]
+        name, table, other = known[test["id"]]
+        example = table.slice(other, 1).to_pylist()[0]
+        pairs.append(
+            {
+                "test": shown(test, "test", splits, report_inputs),
+                "other": shown(example, name, splits, report_inputs),
+            }
+        )
+    return pairs
+
+
 def near_copies(splits, features, report_inputs: str = "all") -> tuple[dict, list[dict]]:
     """Pairs of a test example and one of train or val that differ little: resized, encoded anew, other punctuation.
 

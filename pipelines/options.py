@@ -216,9 +216,13 @@ class TrainingOptions:
     """balanced: each class weighs the same in the loss, however many examples it has."""
     ema: float = 0.0
     """Validate, keep and export a moving average of the weights over updates, of this decay; 0: off; usual: 0.99."""
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    precision: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
     """What the backbone computes in while it trains; weights, evaluation and the exported model stay float32.
-    bfloat16 suits TPUs and new GPUs and CPUs, float16 older GPUs; elsewhere they are slower."""
+    bfloat16 suits TPUs and new GPUs and CPUs, float16 older GPUs; elsewhere they are slower. auto: what suits the
+    devices that are there, float32 on CPUs."""
+    xla: bool = False
+    """Compile clusters of operations with XLA on GPUs: faster steps, after a minute or so of compiling. TPUs always do;
+    exported models never."""
     patience: int = 3
     """Stop a phase after so many epochs without a better validation loss; the best weights are kept."""
     target: float = 0.0
@@ -263,6 +267,9 @@ class GuardOptions:
     check_labels: bool = False
     """Look for wrong labels: answer each example by a model that has not seen it, and list those whose label it doubts
     most. Takes a minute or so per 10,000 examples."""
+    gap_limit: float = 0.1
+    """Largest gap between training and validation accuracy, a share of one, that is let pass: the report warns of a
+    larger one, and says what to change (0: no limit). It stops nothing: early stopping, see --patience, does."""
     calibrate: bool = True
     """Divide logits by a temperature that suits the validation set best, in the exported model too: its probabilities
     then say how often it is right. The answers stay the same."""

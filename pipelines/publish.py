@@ -127,8 +127,8 @@ def print_versions(argv: list[str]) -> int:
     """`graft versions`."""
     config = tyro.cli(VersionsConfig, args=argv, prog="graft versions")
     table = rich.table.Table(box=None)
-    for title in ("number", "published", "accuracy", "backbone", "labels", "size"):
-        table.add_column(title, justify="right" if title in ("number", "size") else "left")
+    for title in ("number", "published (UTC)", "accuracy", "backbone", "labels", "size"):
+        table.add_column(title, justify="right" if title in ("number", "size") else "left", no_wrap=True)
     for row in list_versions(config.repository, config.name):
         test, marks = row["test"], [*row["labels"], *(["served"] if row["served"] else [])]
         figure = ""
@@ -136,7 +136,7 @@ def print_versions(argv: list[str]) -> int:
             metric = test["headline"]["metric"].replace("_", " ")
             figure = shown_figure(test) + ("" if metric == "accuracy" else f" {metric}")
         again = f" (= {row['copy_of']})" if row["copy_of"] else ""
-        when = (row["published"] or "").replace("T", " ").removesuffix("+00:00")
+        when = (row["published"] or "").replace("T", " ")[: len("2026-11-24 05:05")]  # UTC
         size = f"{row['bytes'] / 1e6:,.1f} MB"
         table.add_row(f"{row['number']}{again}", when, figure, row["backbone"] or "", ", ".join(marks), size)
     console.print(table)

@@ -131,6 +131,14 @@ def check_request(config: RankConfig) -> tuple[str, list]:
         if getattr(config, flag) < least:
             shown = flag.replace("_", "-")
             raise GraftError(f"--{shown} is {getattr(config, flag)}, expected {least} or more")
+    return find_kind(config)
+
+
+def find_kind(config) -> tuple[str, list]:
+    """The kind of the data and its examples, as --data, --kind and the columns say.
+
+    config: `RankConfig` or its like. Raises GraftError for data that is of neither kind.
+    """
     kind = config.kind
     if kind == "auto" and config.data in offline.DATA and not pathlib.Path(config.data).exists():
         kind = offline.DATA[config.data]["kind"]
@@ -148,7 +156,7 @@ def check_request(config: RankConfig) -> tuple[str, list]:
     )
 
 
-def find_examples(config: RankConfig, kind: str) -> list:
+def find_examples(config, kind: str) -> list:
     """What `graft image` or `graft text` would find."""
     if kind in ("image", "audio"):
         find = find_images if kind == "image" else find_sounds
@@ -224,7 +232,7 @@ def measure(name: str, kind: str, splits, sample, config: RankConfig) -> dict:
     }
 
 
-def frozen_part(name: str, kind: str, splits, config: RankConfig):
+def frozen_part(name: str, kind: str, splits, config):
     """The backbone `name` with what feeds and caches it, as training would have it."""
     import tensorflow as tf
 

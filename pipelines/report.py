@@ -14,10 +14,12 @@ import shlex
 from pipelines import plots, runs
 from pipelines.calibration import calibration_sentences
 from pipelines.facts import NOUNS
+from pipelines.overfitting import gap_sentence
 
 TEMPLATE = pathlib.Path(__file__).with_name("report.html.j2")
 MATRIX_CLASSES = 50  # with more, the confusion matrix is too fine to read
 MATRIX_FIRST_TO = 30  # above, the table of confused pairs comes first and is longer
+BALANCE_SHOWN = 30  # classes whose number of examples is drawn
 CLASSES_SHOWN = 20  # more rows of the per-class table are folded away
 PICTURE_TYPES = {
     b"\x89PNG": "image/png",
@@ -73,8 +75,10 @@ def write_report(run_dir, facts) -> pathlib.Path:
     line where it is given and not empty: created, command, verdicts, warnings, advice, examples, class_counts, phases,
     transfer (as pipelines.transfer.judge_transfer gives it), calibration (as
     pipelines.calibration.calibrate gives it), forgetting (as pipelines.guards.story gives it),
-    baselines (as pipelines.baselines gives them), mistakes, settings, backbone, data, timings, serving, versions,
-    machine. Raises OSError where the page cannot be written.
+    overfitting (as pipelines.overfitting.judge_gap gives it, with advice),
+    exact_copies, exact_pairs, near_copies and near_pairs (pipelines.leakage), label_check and doubtful_labels
+    (pipelines.label_checks), baselines (as pipelines.baselines gives them), mistakes, settings, backbone, data,
+    timings, serving, versions, machine. Raises OSError where the page cannot be written.
     """
     target = pathlib.Path(run_dir) / "report.html"
     # A path may hold bytes that are not UTF-8, which Python keeps as lone surrogates.
@@ -121,9 +125,11 @@ def render(facts, run_dir=".") -> str:
         stages=stages,
         reliability=plots.reliability_plot(figures["reliability"], multi_label),
         sureness=sureness(figures["reliability"]),
+        gap_text=gap_sentence(facts["overfitting"]) if facts.get("overfitting") else "",
         calibrated=calibration_sentences(facts.get("calibration")),
         classes=class_rows(figures, facts.get("class_counts") or {}),
         classes_shown=CLASSES_SHOWN,
+        balance=class_balance(facts["class_names"], facts.get("class_counts") or {}),
         blocks=block_rows(facts.get("phases") or []),
         with_source=any("source_agreement" in row for phase in phases for row in phase["history"]),
         data=titled(facts.get("data"), DATA_TITLES),
@@ -199,6 +205,21 @@ def class_rows(figures, class_counts) -> list[dict]:
             }
         )
     return sorted(rows, key=lambda row: (row["f1"] is None, row["f1"] or 0))
+
+
+def class_balance(class_names, class_counts) -> list[dict]:
+    """Training examples of each class, most first, as a share of the most; of many classes the two ends alone."""
+    if not class_counts.get("train"):
+        return []
+    counts = [class_counts.get(split) or class_counts["train"] for split in ("train", "val", "test")]
+    most = max(1, *counts[0])
+    rows = [
+        {"name": name, "train": train, "val": val, "test": test, "share": train / most}
+        for name, train, val, test in zip(class_names, *counts)
+    ]
+    rows.sort(key=lambda row: -row["train"])
+    half = BALANCE_SHOWN // 2
+    return rows if len(rows) <= BALANCE_SHOWN else rows[:half] + rows[-half:]
 
 
 def block_rows(phases) -> list[dict]:

@@ -14,8 +14,9 @@ from pipelines.calibration import calibrate, calibration_warnings
 from pipelines.console import console
 from pipelines.data import targets_of
 from pipelines.evaluate_multi_label import choose_thresholds
-from pipelines.leakage import copies_warnings, near_warnings, score_without_copies
+from pipelines.leakage import copies_warnings, exact_pairs, near_warnings, score_without_copies
 from pipelines.mistakes import worst_mistakes
+from pipelines.overfitting import gap_warnings, judge_gap, tuning_advice
 
 VERIFIED_EXAMPLES = 200  # most test examples whose served answers are compared with training's
 
@@ -25,12 +26,13 @@ def thresholds_for(val, logits: np.ndarray) -> np.ndarray:
     return choose_thresholds(targets_of(val, logits.shape[1]), facts.probabilities_of(logits, multi_label=True))
 
 
-def score(splits, logits_of, config) -> tuple[dict, dict, np.ndarray | None, dict]:
-    """Calibrated logits of val and test, their metrics, thresholds of a multi-label set (else None), calibration."""
+def score(splits, logits_of, config) -> tuple[dict, dict, np.ndarray | None, dict, dict]:
+    """Calibrated logits of val and test, their metrics, thresholds (else None), calibration, the gap to training."""
     logits = {"val": logits_of(splits.val), "test": logits_of(splits.test)}
     thresholds = thresholds_for(splits.val, logits["val"]) if splits.multi_label else None
     calibration, logits = calibrate(splits, logits, config.guards, config.training.seed)
-    return logits, facts.metrics_of(splits, logits, thresholds, config), thresholds, calibration
+    gap = judge_gap(splits, logits_of, logits["val"], config.guards.gap_limit)
+    return logits, facts.metrics_of(splits, logits, thresholds, config), thresholds, calibration, gap
 
 
 NOTE = "checkpoints/resume/published.json"  # what was checked of a version that is about to get its number
@@ -45,7 +47,9 @@ def published_before(folder: pathlib.Path, note: pathlib.Path) -> tuple[pathlib.
     return (folder / new[0], noted["checked"]) if new else None
 
 
-def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwise=None) -> tuple[pathlib.Path, dict]:
+def publish(
+    run_dir: pathlib.Path, write, samples: list, probabilities, otherwise=None, contract: dict | None = None
+) -> tuple[pathlib.Path, dict]:
     """Export to RUN/serving/NAME/NUMBER, verified on examples before it gets its number.
 
     Args:
@@ -53,6 +57,7 @@ def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwis
         otherwise: as `write`, used where constants change an answer too much, which noise did not show.
         samples: what the served model is asked, a list of bytes, or of pairs of bytes.
         probabilities: [n, classes] float32, training's answers for them.
+        contract: what training made of the probe of `serving.contract`; None: not known.
 
     Returns:
         The version's folder, and what was checked.
@@ -70,7 +75,8 @@ def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwis
         checked["weights"] = write(folder)["kept_as"]
 
     def check(temporary):
-        checked.update(verify(temporary, samples, probabilities))
+        checked.update(verify(temporary, samples, probabilities, contract=contract))
+        checked["input_contract"] = contract
         if note.parent.is_dir():  # of a run that can be resumed
             runs.write_json(note, {"before": before, "checked": checked})
 
@@ -80,8 +86,12 @@ def publish(run_dir: pathlib.Path, write, samples: list, probabilities, otherwis
     except VerificationError as error:
         if otherwise is None or checked["weights"] == "variables":
             raise
-        console.print(f"[yellow]Note: {error} Trying again with weights as variables.")
-        return publish(run_dir, otherwise, samples, probabilities)
+        why = str(error).partition("verification failed at ")[2]
+        console.print(
+            f"[yellow]Note: weights stay variables, which answer as training does, if slower. As constants they failed "
+            f"verification at {why}"
+        )
+        return publish(run_dir, otherwise, samples, probabilities, contract=contract)
     return version, checked
 
 
@@ -118,7 +128,7 @@ def write_results(
     from pipelines.report import write_report
 
     noun = facts.NOUNS[kind].removesuffix("s")
-    logits, metrics, thresholds, calibration = scored
+    logits, metrics, thresholds, calibration, gap = scored
     probabilities = facts.probabilities_of(logits["test"], splits.multi_label)
     gathered = facts.about_run(config, splits, backbone, phases, metrics, kind)
     gathered |= {
@@ -130,11 +140,14 @@ def write_results(
         "serving": {"folder": str(version.relative_to(run_dir)), **checked},
         "transfer": transfer,
         "calibration": calibration,
+        "overfitting": {**gap, "advice": tuning_advice(phases, gathered["settings"], gap, kind)} if gap else {},
         "exact_copies": score_without_copies(splits, logits["test"]),
+        "exact_pairs": exact_pairs(splits, config.report.report_inputs),
         **examined,
     }
     gathered["warnings"] = [
         *gathered["warnings"],
+        *gap_warnings(gap, gathered["overfitting"].get("advice", "")),
         *calibration_warnings(calibration),
         *copies_warnings(gathered["exact_copies"], noun),
         *(near_warnings(examined["near_copies"], noun) if examined else []),

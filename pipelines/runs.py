@@ -119,10 +119,11 @@ def stopped(run_dir: pathlib.Path, what: str) -> GraftError:
     return error
 
 
-def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
+def start_run_folder(run_dir: pathlib.Path, config, splits, contract: dict | None = None) -> None:
     """Make the run folder with what is known before training: config.yaml, skipped.csv, splits.csv, state.json.
 
     splits.csv names each example by its content hash and tells where it is: the path of a file, the text itself.
+    contract: what training makes of the probe of `serving.contract`, for later exports to be held to.
     With `--report-inputs none` it holds no texts; then `graft export` has none to verify the served answers with.
     """
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
@@ -150,6 +151,7 @@ def start_run_folder(run_dir: pathlib.Path, config, splits) -> None:
         "inputs": inputs,
         "working_directory": os.getcwd(),
         **({"kind": config.kind} if hasattr(config, "kind") else {}),
+        "input_contract": contract,
     }
     write_json(run_dir / "checkpoints" / "state.json", state)
     write_text(run_dir / "config.yaml", config_yaml(config))  # last: a folder that has it can be resumed

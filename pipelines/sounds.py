@@ -302,15 +302,25 @@ class SoundRows:
         """As `pipelines.data.cached_dataset` wants it: a part, and which of its clips [b] -> both inputs [b, ...]."""
         import tensorflow as tf
 
-        from models.sound_windows import read_windows
-
         starts = np.cumsum([0, *(len(rows[0].paths) for rows in parts[:-1])])
         paths = tf.gather([path for rows in parts for path in rows[0].paths], tf.gather(starts, part) + indices)
         samples = self.shape[-1]
         specs = [tf.TensorSpec([None, samples], tf.float32), tf.TensorSpec([None, samples], tf.int32)]
-        return tf.map_fn(
-            lambda path: read_windows(tf.io.read_file(path), self.preprocess), paths, fn_output_signature=specs
-        )
+        return tf.map_fn(_window_reader(self.preprocess), paths, fn_output_signature=specs)
+
+
+@functools.cache
+def _window_reader(preprocess):
+    """Path of a WAV file -> [windows, masks]; traced once, not anew for the data set of every epoch."""
+    import tensorflow as tf
+
+    from models.sound_windows import read_windows
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
+    def read(path):
+        return read_windows(tf.io.read_file(path), preprocess)
+
+    return read
 
 
 def sound_parts(table: pa.Table, preprocess) -> list[tuple[np.ndarray, list[SoundRows]]]:

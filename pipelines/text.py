@@ -21,6 +21,7 @@ from pipelines import facts, resume, runs
 from pipelines.calibration import calibration_of_run, exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
+from pipelines.devices import settle
 from pipelines.options import TextConfig
 from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
 from pipelines.sources import drop_small_classes, is_multi_label
@@ -47,16 +48,18 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     found, run_dir = check_request(config, resumed)  # needs no TensorFlow: a mistake answers at once
     console.print(f"Data: {len(found):,} texts in {config.input.data}")
     start_tensorflow(config.training.seed)
+    settle(config.training)
     from pipelines.baselines import tfidf_baseline
     from pipelines.callbacks import ProgressPrinter, tensorboard
-    from pipelines.distribute import from_chief, is_chief, leave, make_strategy, shard_of
+    from pipelines.contract import trained_text_contract
+    from pipelines.distribute import from_chief, is_chief, is_tpu, leave, make_strategy, shard_of
     from pipelines.evaluate import check_positive
     from pipelines.label_checks import class_warnings, examiner
     from pipelines.leakage import check_copies
     from pipelines.recovery import Recovery
     from pipelines.tokens import text_predictor, token_parts, truncation_warning
     from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer
+    from pipelines.transfer import judge_transfer, probe_verdict
 
     strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
     chief = is_chief(strategy)  # of several workers, the one that writes
@@ -67,6 +70,8 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     with strategy.scope():
         model = build_model(config, splits.class_names, splits.multi_label)
     preprocess = model.backbone.preprocess
+    if preprocess is None and is_tpu(strategy):
+        raise GraftError(f"{model.backbone.name} takes strings, which a TPU cannot. Give a model that takes tokens.")
     splits.warnings += truncation_warning(splits, preprocess)
     check_copies(splits, config.guards.strict, "text")
     splits.warnings += class_warnings(splits, "text")
@@ -74,10 +79,17 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     clock.lap("backbone")
 
     def read_inputs(table):
-        return token_parts(table, preprocess)
+        return token_parts(table, preprocess, one_length=is_tpu(strategy))
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
+    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
     examined, examine = examiner(splits, config)
+    probed = {}
+
+    def examine_features(features):
+        examine(features)
+        probed.update(probe_verdict(model, splits, None, config, read_inputs))
+        return probed["verdict"] == "hurts"
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -85,8 +97,9 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
 
     with runs.explained(run_dir, shard_of(strategy)[1]):
         # The head only, then the top blocks too, then all: for as long as it pays, or as deep as --depth says.
+        contract = trained_text_contract(preprocess)
         if chief:
-            runs.start_run_folder(run_dir, config, splits)
+            runs.start_run_folder(run_dir, config, splits, contract)
         every_s = config.training.checkpoint_seconds
         recovery = Recovery(run_dir if chief else None, every_s, functools.partial(from_chief, strategy))
         phases, logits_of = fit_two_phase(
@@ -99,7 +112,7 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
             on_start=print_trainable_table,
             on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
             on_end=test_phase,
-            on_features=examine if chief else None,
+            on_features=examine_features if chief else None,
             recovery=recovery,
             read_inputs=read_inputs,
         )
@@ -112,15 +125,16 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
         baseline = tfidf_baseline(splits, config.training.seed)
         clock.lap("evaluation")
 
-        # Whether what was pretrained was of use here at all.
-        transfer = judge_transfer(model, splits, None, config, scored[0]["test"], read_inputs, baseline["accuracy"])
+        # The verdict on transfer, with what became of it.
+        judged = model, splits, None, config, scored[0]["test"], read_inputs, baseline["accuracy"]
+        transfer = judge_transfer(*judged, probed=probed)
         clock.lap("transfer verdict")
 
         # A version for TensorFlow Serving, verified before it gets its number.
         # What it must answer comes from the strings through the whole model, nothing from the cache.
         predict = text_predictor(model, preprocess, config.training.batch_size)
         samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-        version, checked = publish_texts(model, splits.class_names, run_dir, samples, predict, *scored[2:])
+        version, checked = publish_texts(model, splits.class_names, run_dir, samples, predict, *scored[2:4], contract)
         clock.lap("export and verification")
 
         findings = scored, version, checked, clock, transfer, examined, [baseline]
@@ -182,7 +196,14 @@ def build_model(config: TextConfig, class_names: list[str], multi_label: bool = 
 
 
 def publish_texts(
-    model, class_names: list[str], run_dir: pathlib.Path, samples, predict, thresholds=None, calibration=None
+    model,
+    class_names: list[str],
+    run_dir: pathlib.Path,
+    samples,
+    predict,
+    thresholds=None,
+    calibration=None,
+    contract=None,
 ):
     """Export and verify on a table of texts, as `pipelines.results.publish` does.
 
@@ -190,6 +211,7 @@ def publish_texts(
         predict: a function of a table -> logits of the whole model.
         thresholds: [classes] float32, of a multi-label model.
         calibration: as `pipelines.calibration.calibrate` gives it.
+        contract: as `pipelines.results.publish` takes it.
     """
     from pipelines.tokens import texts_of
     from serving.export_text import export_text_classifier
@@ -204,7 +226,7 @@ def publish_texts(
 
     texts = list(zip(*columns, strict=True)) if pairs else columns[0]
     logits = predict(samples) / np.float32(serves["temperature"])
-    return publish(run_dir, write, texts, facts.probabilities_of(logits, model.multi_label))
+    return publish(run_dir, write, texts, facts.probabilities_of(logits, model.multi_label), contract=contract)
 
 
 def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict]:
@@ -220,7 +242,8 @@ def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict
     samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
     thresholds = thresholds_of_run(run_dir, predict) if multi_label else None
     calibration = None if multi_label else calibration_of_run(run_dir, config, predict)
-    return publish_texts(model, class_names, run_dir, samples, predict, thresholds, calibration)
+    contract = state.get("input_contract")
+    return publish_texts(model, class_names, run_dir, samples, predict, thresholds, calibration, contract)
 
 
 if __name__ == "__main__":

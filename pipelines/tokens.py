@@ -22,8 +22,12 @@ def texts_of(table: pa.Table) -> list[list[str]]:
     return [table[name].to_pylist() for name in ("text", "text_b") if name in table.column_names]
 
 
-def token_parts(table: pa.Table, preprocess: TextPreprocess | None) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+def token_parts(
+    table: pa.Table, preprocess: TextPreprocess | None, one_length: bool = False
+) -> list[tuple[np.ndarray, list[np.ndarray]]]:
     """A table in parts of about equal length: for each its rows [m], and the encoder's inputs [m, length] int32.
+
+    one_length: all in one part, of the longest length: for a TPU, which compiles a program for each.
 
     For a model that takes strings (preprocess None) one part: the strings [n].
     """
@@ -40,6 +44,8 @@ def token_parts(table: pa.Table, preprocess: TextPreprocess | None) -> list[tupl
     counts = tokens.row_lengths().numpy()
     longest = int(counts.max())
     steps = np.array([*(length for length in LENGTHS if length < longest), longest])
+    if one_length:
+        steps = np.array([preprocess.sequence_length])
     part_of = np.searchsorted(steps, counts)
     for part in range(len(steps) - 1):
         if 0 < (part_of == part).sum() < SMALLEST_PART:

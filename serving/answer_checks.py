@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from serving.contract import differences
 from serving.static_checks import CheckFailed
 
 LABELS_FILE = "assets.extra/labels.txt"
@@ -180,6 +181,21 @@ def read_unsure_below(folder) -> np.float32 | None:
     """The best score from which an answer is sure; None for a model that does not say. Raises as `read_thresholds`."""
     value = read_floats(folder, "unsure_below")
     return None if value is None else np.float32(value)
+
+
+def check_contract(folder, trained: dict | None) -> None:
+    """Inputs reach the encoder as they did in training; trained: as `serving.contract` has it, None: not known.
+
+    A version that says nothing of its own, from before there were contracts, passes.
+    """
+    file = Path(folder) / DETAILS_FILE
+    served = json.loads(file.read_text("utf-8")).get("input_contract") if trained and file.is_file() else None
+    found = differences(trained, served) if served else []
+    if found:
+        raise CheckFailed(
+            f"inputs reach the network otherwise than in training: {'; '.join(found)}. Export with the preprocessing "
+            f"that training had"
+        )
 
 
 def read_floats(folder, name: str) -> np.ndarray | None:

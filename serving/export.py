@@ -14,6 +14,7 @@ from models import GraftError
 from models.backbone import ImagePreprocess
 from models.inputs import decode_images, resize_image, scale_image
 from serving.answer_checks import DETAILS_FILE, LABELS_FILE
+from serving.contract import image_contract, image_probe
 from serving.folding import FOLDED_BYTES, fold_weights
 
 LISTED_CLASSES = 5  # `labels` and `scores` hold the best so many, or all where there are fewer
@@ -48,7 +49,8 @@ def export_image_classifier(
 
     Weights of at most `folded_bytes` become constants of one function that the signatures share, where that
     changes no answer by more than 1e-5; else they stay variables. `assets.extra` gets labels.txt, a class a line,
-    and graft.json: `details` and what is known here. Nothing from the training set is written.
+    and graft.json: `details` and what is known here, such as what `serving.contract` says of it. Nothing from the
+    training set is written.
 
     Returns what became of the weights, as `serving.folding.fold_weights` says; graft.json holds it under "weights".
     Raises GraftError for a class name that is no line of text.
@@ -104,6 +106,7 @@ def export_image_classifier(
         "image_size": list(preprocess.image_size),
         "preprocess": dataclasses.asdict(preprocess),
         "white_level": white_level,
+        "input_contract": image_contract(scale_image(decode([image_probe()])[0], preprocess)[0]),
         "weights": weights,
         **calibration_details(temperature, unsure_below),
     }

@@ -10,6 +10,7 @@ import tensorflow as tf
 from models.audio_inputs import encoder_inputs
 from models.backbone import AudioPreprocess
 from models.sound_windows import average_rows, cut_windows, read_windows_of_many, window_samples
+from serving.contract import sound_contract, sound_probe
 from serving.export import calibration_details, check_class_names, class_outputs, write_archive, write_assets
 from serving.folding import MATRICES, as_variables
 
@@ -90,5 +91,7 @@ def export_audio_classifier(
     weights = as_variables([weight.value for weight in [*model.encoder.weights, *model.head.weights]], MATRICES)
     known = {"kind": "audio", "preprocess": dataclasses.asdict(preprocess), "weights": weights}
     known |= calibration_details(temperature, unsure_below)
+    (windows, masks), _, _ = read_windows_of_many(tf.constant([sound_probe()]), preprocess)
+    known["input_contract"] = sound_contract(windows[0], masks[0], preprocess.sample_rate_hz)
     write_assets(folder, model, class_names, thresholds, {**(details or {}), **known})
     return weights

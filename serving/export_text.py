@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from models.backbone import TextPreprocess
 from models.text_inputs import read_texts
+from serving.contract import LONG_PROBE, TEXT_PROBE, text_contract
 from serving.export import calibration_details, check_class_names, class_outputs, network, write_archive, write_assets
 from serving.folding import MATRICES, as_variables
 
@@ -74,6 +75,15 @@ def export_text_classifier(
     facts = {field.name: getattr(preprocess, field.name) for field in fields if field.name != "tokenizer"}
     weights = as_variables([weight.value for weight in [*model.encoder.weights, *model.head.weights]], MATRICES)
     known = {"preprocess": facts, "pairs": pairs, "weights": weights}
+    if preprocess:
+        known["input_contract"] = served_text_contract(preprocess)
     known |= calibration_details(temperature, unsure_below)
     write_assets(folder, model, class_names, thresholds, {**(details or {}), **known})
     return weights
+
+
+def served_text_contract(preprocess: TextPreprocess) -> dict:
+    """`serving.contract.text_contract` by the function that the graph runs."""
+    texts = [TEXT_PROBE, LONG_PROBE, TEXT_PROBE.upper(), TEXT_PROBE.lower()]
+    token_ids, mask, *_ = read_texts(tf.constant(texts), preprocess)
+    return text_contract(*(numbers[real > 0] for numbers, real in zip(token_ids.numpy(), mask.numpy())))

@@ -7,11 +7,14 @@ have the real server's names and meanings; those it lacks are marked.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
+import socket
 import sys
 import threading
 import time
+import urllib.parse
 from pathlib import Path
 
 import uvicorn
@@ -43,7 +46,10 @@ ENCRYPTION_FLAGS = ("ssl_config_file", "use_alts_credentials")
 def parse_arguments(words=None) -> argparse.Namespace:
     """The flags; argparse prints what is wrong with them and exits with 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m serving.server", description=__doc__.split("\n\n")[0], allow_abbrev=False
+        prog="python -m serving.server",
+        usage="%(prog)s FOLDER [--FLAG VALUE ...]   (--help lists the flags)",
+        description=__doc__.split("\n\n")[0],
+        allow_abbrev=False,
     )
     add = parser.add_argument
     add("folder", nargs="?", help="a model's folder with version folders in it; short for --model_base_path")
@@ -95,7 +101,8 @@ def read_models(options) -> list:
         raise GraftError("no model, or two: expected one of FOLDER, --model_base_path and --model_config_file")
     folder = Path(options.folder or options.model_base_path).absolute()
     if not folder.is_dir():
-        raise GraftError(f"{folder}: no such folder. Expected a model's, such as runs/photos/serving/photos")
+        found = "a file, no folder" if folder.exists() else "no such folder"
+        raise GraftError(f"{folder}: {found}. Expected a model's, such as runs/photos/serving/photos, or a run's")
     inner = [path for path in sorted(folder.iterdir()) if path.is_dir() and version_folders(path)]
     if not inner and (folder / "serving").is_dir():  # a run folder
         inner = [path for path in sorted((folder / "serving").iterdir()) if path.is_dir() and version_folders(path)]
@@ -103,6 +110,23 @@ def read_models(options) -> list:
         folder = inner[0]  # runs/photos/serving holds photos/1
     models = message("ModelServerConfig").model_config_list.config
     return [models.add(name=options.model_name or folder.name, base_path=str(folder), model_platform="tensorflow")]
+
+
+def check_ports(options) -> None:
+    """Raise GraftError where one cannot be listened on: before the models are loaded, which takes seconds."""
+    with contextlib.ExitStack() as held:  # so that both cannot be the same
+        for flag, port in (("--port", options.port), ("--rest_api_port", options.rest_api_port)):
+            if not port:
+                continue
+            family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+            try:
+                held.enter_context(socket.create_server((options.host, port), family=family))
+            except (OSError, OverflowError) as error:
+                said = str(getattr(error, "strerror", None) or error).partition(" (while")[0]
+                raise GraftError(
+                    f"{flag} {port}: cannot listen on {options.host} ({said}). Does another server run there? "
+                    f"Choose another port with {flag}"
+                ) from error
 
 
 def make_table(options) -> ModelsTable:
@@ -168,6 +192,7 @@ def metrics_path(options) -> str | None:
 
 def serve(options, stopped: threading.Event) -> None:
     """Answer until `stopped` is set or a signal comes; raises GraftError where that cannot begin."""
+    check_ports(options)
     table, metrics, path = make_table(options), Metrics(), metrics_path(options)
     wait_until_loaded(table, stopped)
     if stopped.is_set():  # by a signal, while it waited
@@ -182,7 +207,7 @@ def serve(options, stopped: threading.Event) -> None:
             grpc_server, _ = start_grpc(table, metrics, address, options.grpc_max_threads, **limits)
         except RuntimeError as error:
             raise GraftError(f"--port {options.port}: cannot listen on {address}. Is another server there?") from error
-        print(f"gRPC: {address}", flush=True)
+    print_addresses(table, options)
     poller = threading.Thread(target=keep_polling, args=(table, options, stopped), daemon=True)
     if options.file_system_poll_wait_seconds:
         poller.start()
@@ -209,6 +234,22 @@ def serve(options, stopped: threading.Event) -> None:
         table.close()
 
 
+def print_addresses(table: ModelsTable, options) -> None:
+    """Where each model is asked, and where people find the page."""
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    for name in table.names():
+        with table.acquire(name) as (number, _):
+            quoted = urllib.parse.quote(name, safe="")
+            addresses = {
+                options.rest_api_port: f"http://{host}:{options.rest_api_port}/v1/models/{quoted}",
+                options.port: f"grpc://{host}:{options.port}/{quoted}",
+            }
+            listed = "   ".join(address for port, address in addresses.items() if port)
+            print(f"{name}, version {number}: {listed}", flush=True)
+    if options.rest_api_port:
+        print(f"A page for people: http://{host}:{options.rest_api_port}/   Ctrl-C ends the server.", flush=True)
+
+
 def serve_rest(app, options) -> None:
     """Run uvicorn until SIGINT or SIGTERM; raises GraftError where the port is taken."""
     config = uvicorn.Config(
@@ -231,7 +272,6 @@ def serve_rest(app, options) -> None:
         raise GraftError(
             f"--rest_api_port {options.rest_api_port}: cannot listen on {options.host}. Is another server there?"
         ) from error
-    print(f"REST: http://{options.host}:{options.rest_api_port}/v1/models", flush=True)
     uvicorn.Server(config).run([socket])
 
 

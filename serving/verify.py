@@ -1,11 +1,12 @@
 """Proof that a version folder is fit for TF Serving and answers as training does.
 
-`verify` runs this module in a process of its own, without TensorFlow's Python side: what passes there
-needs nothing of the process that made it. Six steps, each fails with the item's name:
+`verify` runs this module in a process of its own, without TensorFlow's Python side, and each step in a fresh one: what
+passes there needs nothing of the process that made it. Six steps (serving/steps.py), each fails with the item's name:
 
 1. layout: one metagraph tagged `serve`, variables, tensors, batch dimension, dtypes, no XLA, no Python;
 2. ops: every op is linked into the stock server of the target version;
-3. answers: TensorFlow's C++ loader runs it, XLA off, and the answers equal the expected ones;
+3. answers: inputs reach the network as in training (`serving/contract.py`), TensorFlow's C++ loader runs it, XLA off,
+   and the answers equal the expected ones;
 4. rows: 0, 1, 2, 3 and every allowed number of rows of every signature equal single ones, be they of different
    sizes; a bad item spares its neighbours;
 5. padding: a row that the server pads to its neighbour's size answers the same, or the server does not pad;
@@ -30,15 +31,14 @@ from pathlib import Path
 import numpy as np
 
 from models import GraftError
-from serving.answer_checks import check_answers, read_class_names, read_thresholds, read_unsure_below
-from serving.batch_checks import check_padding, check_rows, check_warmup, made_rows, read_batching
-from serving.libraries import RELEASES, loaded_release, packages_with
+from serving.batch_checks import made_rows
+from serving.libraries import RELEASES, packages_with
 from serving.runtime import SessionError
 from serving.session import Session
-from serving.static_checks import CheckFailed, check_layout, check_ops
+from serving.static_checks import CheckFailed
+from serving.steps import STEPS, in_fresh_process
 
 PROBABILITY_TOLERANCE = 1e-5  # absolute
-STEPS = ("layout", "ops", "answers", "rows", "padding", "warm-up")
 
 
 class VerificationError(GraftError):
@@ -48,7 +48,13 @@ class VerificationError(GraftError):
 
 
 def verify(
-    folder, samples, expected_probabilities, target="2.20", tolerance=PROBABILITY_TOLERANCE, packages=None
+    folder,
+    samples,
+    expected_probabilities,
+    target="2.20",
+    tolerance=PROBABILITY_TOLERANCE,
+    packages=None,
+    contract: dict | None = None,
 ) -> dict:
     """Verify the version folder `folder` in a fresh process; raises VerificationError.
 
@@ -57,6 +63,7 @@ def verify(
     answers to them, [n, classes] float32, zeros for an item that cannot be read; on a GPU computed with
     TF32 off. The server runs on the CPU meanwhile, so that it leaves the GPU to its parent.
     packages: a folder whose `tensorflow` to use instead of the installed one (`serving.libraries.packages_with`).
+    contract: what training made of the probe of `serving.contract`, which the version must make of it too.
 
     Returns {"files", "largest_difference", "largest_row_difference", "signatures", "ops", "target",
     "missing_in_2.19", "batch_sizes", "padding", "warmup_requests", "tensorflow", "load_seconds", "seconds"}.
@@ -72,6 +79,7 @@ def verify(
             lengths=np.array([len(part) for part in parts], np.int64),
             width=width,  # of a tuple; 0: samples are no tuples
             expected=np.asarray(expected_probabilities, np.float32),
+            contract=json.dumps(contract),
         )
         command = [sys.executable, "-m", "serving.verify", str(Path(folder).absolute()), "--json"]
         command += ["--samples", str(file), "--target", target, "--tolerance", repr(float(tolerance))]
@@ -98,55 +106,26 @@ def verify(
     return {**answer, "seconds": round(time.monotonic() - started, 3)}
 
 
-def run_steps(folder, samples, expected, target, tolerance, say) -> dict:
-    """All steps, in this process. Arguments and result as in `verify`; `say(line)` ends each step."""
-    step = "layout"
-    try:
-        graph, signatures = check_layout(folder)
-        say(f"layout: signatures {', '.join(sorted(signatures))}; any number of rows, no XLA, no Python")
-        step = "ops"
-        ops, missing_in_219 = check_ops(graph, target)
-        older = f"; TF Serving 2.19 lacks {', '.join(missing_in_219)}" if missing_in_219 else ""
-        say(f"ops: {len(ops)}, all in TF Serving {target}{older}")
-        step = "answers"
-        started = time.monotonic()
-        with Session(folder) as session:
-            load_seconds, signatures = time.monotonic() - started, sorted(session.signatures)
-            known = {"class_names": read_class_names(folder), "thresholds": read_thresholds(folder)}
-            known["unsure_below"] = read_unsure_below(folder)
-            difference, good = check_answers(session, samples, expected, tolerance, **known)
-            compared = f"{len(samples)} samples, largest difference {difference:.1g}, allowed {tolerance:.1g}"
-            say(f"answers: loaded in {load_seconds:.2f} s; {compared if samples else 'no samples given'}")
-            step = "rows"
-            batching = read_batching(folder)
-            sizes = sorted({1, 2, 3, *batching["sizes"]})
-            row_difference = max(check_rows(session, name, good, **known, sizes=sizes) for name in signatures)
-            listed = ", ".join(map(str, [0, *sizes]))
-            say(f"rows: batches of {listed} equal single items, largest difference {row_difference:.1g}")
-            step = "padding"
-            padding = [check_padding(session, name, **known, pads=batching["pads"]) for name in signatures]
-            padding = [line for line in padding if line]
-            say(f"padding: {'; '.join(padding) or 'no signature takes rows of several sizes'}")
-        step = "warm-up"
-        warmup_requests = check_warmup(folder, batching["largest"])
-        say(f"warm-up: {f'{warmup_requests} requests answered' if warmup_requests else 'this version has no requests'}")
-    except (CheckFailed, SessionError) as error:
-        position = f"step {STEPS.index(step) + 1} of {len(STEPS)}, {step}"
-        raise VerificationError(f"{folder}: verification failed at {position}: {error}") from error
-    return {
-        "files": len(samples),
-        "largest_difference": difference,
-        "largest_row_difference": row_difference,
-        "signatures": signatures,
-        "ops": len(ops),
-        "target": target,
-        "missing_in_2.19": missing_in_219,
-        "batch_sizes": sizes,
-        "padding": padding,
-        "warmup_requests": warmup_requests,
-        "tensorflow": loaded_release(),
-        "load_seconds": round(load_seconds, 3),
-    }
+def run_steps(
+    folder, samples, expected, target, tolerance, say, run=lambda step, task: step(task), contract: dict | None = None
+) -> dict:
+    """All steps. Arguments and result as in `verify`; `say(line)` ends each step.
+
+    run: called with a step and its task; `serving.steps.in_fresh_process`, or as it is to stay in this process.
+    """
+    task = {"folder": folder, "samples": samples, "expected": expected, "target": target, "tolerance": tolerance}
+    task["contract"] = contract
+    facts = {"files": len(samples), "target": target}
+    for number, (name, step) in enumerate(STEPS.items(), 1):
+        try:
+            said, found = run(step, {**task, **facts})
+        except (CheckFailed, SessionError) as error:
+            position = f"step {number} of {len(STEPS)}, {name}"
+            raise VerificationError(f"{folder}: verification failed at {position}: {error}") from error
+        say(f"{name}: {said}")
+        facts |= found
+    del facts["good"]  # samples
+    return facts
 
 
 def verify_with_libraries(folder, samples, expected, target, tolerance) -> dict:
@@ -191,6 +170,12 @@ def read_samples(file):
     return list(zip(*[iter(parts)] * width, strict=True)) if width else parts, expected
 
 
+def read_contract(file) -> dict | None:
+    """What training made of the probe, as `verify` writes it; None where nobody noted it."""
+    with np.load(file) as content:
+        return json.loads(str(content["contract"])) if "contract" in content else None
+
+
 def main(arguments=None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(
@@ -216,7 +201,8 @@ def main(arguments=None) -> int:
     say = (lambda line: None) if options.json else print
     checked = (options.folder, samples, expected, options.target, options.tolerance)
     try:
-        result = run_steps(*checked, say)
+        contract = read_contract(options.samples) if options.samples else None
+        result = run_steps(*checked, say, in_fresh_process, contract)
         if options.libraries:
             again = result["libraries"] = verify_with_libraries(*checked)
             compared = f"{again['files']} samples, largest difference {again['largest_difference']:.1g}"

@@ -150,6 +150,7 @@ def test_predict_takes_what_training_takes(run_dir, data, tmp_path, capsys):
     assert "give clip files, a folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_export_makes_the_next_version_with_the_same_answers(run_dir, session, tmp_path):
     copy = shutil.copytree(run_dir, tmp_path / "tones")
     assert main(["export", str(copy)]) == 0
@@ -159,6 +160,7 @@ def test_export_makes_the_next_version_with_the_same_answers(run_dir, session, t
     np.testing.assert_allclose(answers, session.run("serving_default", asked)["probabilities"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_cache_changes_nothing(data, whisper, tmp_path):
     """Windows, crops and noise: the same figures with and without it, in both phases."""
     kept = metrics_of(run(data, whisper, tmp_path / "kept", "--head-solver", "sgd"))

@@ -169,6 +169,13 @@ def test_texts(tmp_path, versions, capsys):
     assert "take different inputs: they cannot be compared" in capsys.readouterr().err
 
 
+def test_other_classes_are_told(versions, pictures, tmp_path, capsys):
+    (old, _), _ = versions
+    new = tiny_version(tmp_path / "a" / "1", 0, class_names=[*CLASSES[:-1], "another"])
+    compare(words_of(old, new, pictures))
+    assert "Note: the classes differ: 1 of OLD's are gone, 1 are new." in capsys.readouterr().out
+
+
 def test_kinds_of_change():
     row = {"old": "cat", "new": "dog"}
     assert [change_of({**row, "true": true}) for true in ("cat", "dog", "eel")] == ["lost", "gained", "changed"]

@@ -196,3 +196,49 @@ def test_batches_of_several_parts_hold_one_part_each():
         assert sorted(seen) == list(range(18)) and len(found) == 3 + 2 + 1
         orders.append((seen, found))
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+def test_batches_of_workers_and_of_a_resumed_epoch_are_parts_of_the_whole(mixup):
+    import tensorflow as tf
+
+    table = pa.table({"path": [str(number) for number in range(22)], "label": [0, 1] * 11, "weight": np.ones(22, "f4")})
+
+    def load(path, seed):
+        return tf.fill([2, 2, 3], tf.strings.to_number(path))
+
+    def epoch(**more):
+        common = {"class_count": 2, "batch_size": 6, "epoch": 3, "training": True, "seed": 1, "mixup": mixup}
+        return [[x.numpy() for x in batch] for batch in data.dataset(table, load, **common, **more)]
+
+    def same(found, expected):
+        assert len(found) == len(expected)
+        for batch, other in zip(found, expected):
+            for x, y in zip(batch, other, strict=True):
+                np.testing.assert_array_equal(x, y)
+
+    whole = epoch()
+    assert len(whole) == 4
+    shares = [epoch(shard=(number, 3)) for number in range(3)]
+    same([[np.concatenate(parts) for parts in zip(*batches)] for batches in zip(*shares)], whole)
+    same(epoch(first_batch=3), whole[3:])
+    same(epoch(first_batch=4), [])
+    same(epoch(first_batch=2, shard=(1, 2)), [[x[3:] for x in batch] for batch in whole[2:]])
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_cached_batches_of_workers_are_parts_of_the_whole(count):
+    table = pa.table({"label": [0, 1] * 11, "weight": np.ones(22, "f4")})
+    parts = [[np.arange(10.0)[:, None]], [np.arange(10.0, 22.0)[:, None]]]
+    part_of, places = np.repeat([0, 1], (10, 12)), np.concatenate([np.arange(10), np.arange(12)])
+
+    def epoch(**more):
+        common = {"class_count": 2, "batch_size": 6, "training": True, "seed": 1}
+        batches = data.cached_dataset(table, parts, part_of, places, **common, **more)
+        return [[inputs[0].numpy(), *(x.numpy() for x in rest)] for inputs, *rest in batches]
+
+    shares = [epoch(shard=(number, count), first_batch=1) for number in range(count)]
+    found = [[np.concatenate(parts) for parts in zip(*batches)] for batches in zip(*shares)]
+    for batch, other in zip(found, epoch()[1:], strict=True):
+        for x, y in zip(batch, other, strict=True):
+            np.testing.assert_array_equal(x, y)

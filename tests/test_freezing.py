@@ -40,6 +40,14 @@ def test_unfreeze_all_and_matching(model):
     assert trainable_names(model) == {"block0_conv", "head"}
 
 
+def test_a_frozen_front_thaws_only_when_it_is_asked_for(model):
+    model.backbone.frozen_front = 1
+    freezing.unfreeze_all(model)
+    assert trainable_names(model) == {"block1_conv", "block2_conv", "head"}
+    freezing.unfreeze_top(model, 3)
+    assert trainable_names(model) == {"block0_conv", "block1_conv", "block2_conv", "head"}
+
+
 def test_a_pattern_that_matches_nothing_lists_the_layers(model):
     with pytest.raises(GraftError, match=r"'blok1' matches no layer of tiny.*block0_conv, block0_bn"):
         freezing.unfreeze_matching(model, ["blok1"])

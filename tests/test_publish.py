@@ -97,7 +97,7 @@ def test_a_published_version_is_complete(two_versions, exported):
 def test_versions_are_listed(two_versions, capsys):
     assert print_versions([str(two_versions), "photos"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["number", "published", "accuracy", "backbone", "labels", "size"]
+    assert lines[0] == ["number", "published", "(UTC)", "accuracy", "backbone", "labels", "size"]
     assert [line[0] for line in lines[1:]] == ["1", "2"]
     assert "0.900" in lines[2] and "tiny" in lines[2] and "served" in lines[2] and "served" not in lines[1]
     assert list_versions(two_versions, "photos")[0]["bytes"] > 100_000

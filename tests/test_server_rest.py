@@ -550,13 +550,15 @@ def test_a_request_that_takes_too_long_and_a_full_queue(models):
 def test_start_and_end(models):
     """Without TensorFlow, a word about production, and in order at a signal; what is wrong is said."""
     started = time.monotonic()
-    with running(models / "model") as (_, _, process):
+    with running(models / "model") as (rest, grpc, process):
         seconds = time.monotonic() - started
         maps = pathlib.Path(f"/proc/{process.pid}/maps").read_text() if os.path.exists("/proc/self/maps") else ""
         assert "_pywrap_tensorflow" not in maps and seconds < 30
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-        assert "For production use TensorFlow Serving" in process.stdout.read()
+        said = process.stdout.read()
+        assert "For production use TensorFlow Serving" in said
+        assert f"model, version 2: http://127.0.0.1:{rest}/v1/models/model   grpc://127.0.0.1:{grpc}/model\n" in said
 
 
 @pytest.mark.parametrize(
@@ -576,6 +578,17 @@ def test_mistakes_on_the_command_line(words, message):
     assert done.returncode == 2 and message in done.stderr
 
 
+@pytest.mark.parametrize("flag", ["--port", "--rest_api_port"])
+def test_a_port_that_is_taken(models, flag):
+    """Said at once, before a model is loaded."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        words = [models / "model", "--port", 0, "--rest_api_port", 0, flag, other.getsockname()[1]]
+        command = [sys.executable, "-m", "serving.server", *map(str, words)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    message = f"{flag} {words[-1]}: cannot listen on 127.0.0.1 (Address already in use). Does another server run there?"
+    assert done.returncode == 2 and done.stderr.startswith(message) and done.stdout == ""
+
+
 def test_a_version_that_cannot_be_loaded(tmp_path):
     (tmp_path / "model" / "1").mkdir(parents=True)
     (tmp_path / "model" / "1" / "saved_model.pb").write_bytes(b"broken")
@@ -593,7 +606,8 @@ def test_a_run_folder_and_warmup_requests(models, tmp_path):
     with running(tmp_path / "photos") as (rest, _, _):
         status, body = predict(rest, {"signature_name": "number", "instances": [0]})
         assert status == 200 and json.loads(body) == {"predictions": [1.0]}
-    write_requests(version / WARMUP_FILE, [("number", {"x": np.zeros([2, 2], np.float32)})])
+    write_requests(version / WARMUP_FILE, [("number", {"x": np.zeros(2, np.int32)})])
     command = [sys.executable, "-m", "serving.server", str(tmp_path / "photos"), "--max_num_load_retries", "0"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and "cannot load version 1 of model model: " in done.stderr
+    assert done.returncode == 2
+    assert "cannot load version 1 of model model: warm-up request 0 of 1: inputs" in done.stderr

@@ -38,11 +38,12 @@ def make_config(**options):
     return config
 
 
-def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, hooks=None, **options):
+def train(splits, strategy=None, dropout=0.0, backbone_dropout=0.0, frozen_front=0, hooks=None, **options):
     strategy = strategy or tf.distribute.get_strategy()
     config = make_config(**options)
     with strategy.scope():
         backbone = tiny_backbone(dropout=backbone_dropout)
+        backbone.frozen_front = frozen_front
         model = Classifier(backbone, len(splits.class_names), dropout=dropout, seed=1)
 
     def loader(augmentation, random_erasing=0.0):
@@ -158,6 +159,24 @@ def test_averaged_weights_are_those_that_are_validated_and_kept(splits, mirrored
             np.testing.assert_array_equal(left, saved)
         assert max(np.abs(raw - left).max() for raw, left in zip(weights, phase["left"])) > 1e-3
     assert validation_loss(model, splits) == pytest.approx(phases[1]["val_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_several_steps_in_one_graph_give_the_figures_of_single_steps(splits):
+    options = {"dropout": 0.3, "backbone_dropout": 0.3, "head_epochs": 2, "fine_tune_epochs": 2, "ema": 0.9}
+    model, single = train(splits, **options)
+    other, several = train(splits, steps_per_call=3, **options)  # of 4: the last call of an epoch has one
+    np.testing.assert_allclose(losses(several), losses(single), rtol=1e-6)
+    for one, two in zip(model.weights, other.weights):
+        np.testing.assert_allclose(one.numpy(), two.numpy(), atol=1e-6)
+
+
+def test_rates_and_batch_grow_with_the_devices_where_that_is_asked_for():
+    config = make_config(scale_batch="linear")
+    grown = training.scaled(config, 4)
+    assert (grown.training.batch_size, grown.head.head_learning_rate) == (32, 0.2)
+    assert (config.training.batch_size, config.head.head_learning_rate) == (8, 0.05)
+    assert training.scaled(make_config(), 4).training.batch_size == 8
 
 
 def test_phases_move_what_they_should_and_nothing_else(splits):
@@ -295,6 +314,14 @@ def test_each_rung_gives_what_its_depth_alone_gives(splits):
     best = min(climbed, key=lambda phase: phase["climb"]["val_loss"])
     assert best["kept"] and climbed[0]["kept"]
     assert [row["epoch"] for phase in climbed for row in phase["history"]] == [1, 2, 3, 4, 5, 6]
+
+
+def test_full_leaves_a_frozen_front_alone_and_runs_it_once(splits):
+    options = {"head_epochs": 1, "fine_tune_epochs": 1, "cache": "memory"}
+    _, (_, full) = train(splits, depth="full", frozen_front=1, **options)
+    assert [row["trainable_parameters"] > 0 for row in full["blocks"]] == [False, True, True, True]
+    _, (_, two) = train(splits, depth="2", **options)
+    assert losses([full]) == losses([two])
 
 
 class Wrecker(keras.callbacks.Callback):

@@ -20,7 +20,8 @@ from serving.answer_checks import check_answers
 from serving.export import export_image_classifier
 from serving.session import Session
 from serving.static_checks import CheckFailed, read_op_list
-from serving.verify import STEPS, VerificationError, run_steps, verify
+from serving.steps import STEPS
+from serving.verify import VerificationError, run_steps, verify
 from tests.conftest import tiny_backbone
 from tests.test_export import CLASSES, encoded_image, tiny_classifier, training_answers
 
@@ -374,3 +375,20 @@ def test_op_lists_hold_what_every_model_needs():
     for target in ("2.19", "2.20"):
         assert {"StatefulPartitionedCall", "VarHandleOp", "RestoreV2", "DecodePng"} <= read_op_list(target)
     assert "DecodeWebP" in read_op_list("2.20") - read_op_list("2.19")
+
+
+FRESH_STEPS = """
+import os, signal
+from serving.static_checks import CheckFailed
+from serving.steps import in_fresh_process
+pids = {os.getpid(), *(in_fresh_process(lambda task: (os.getpid(), {}), {})[0] for _ in range(2))}
+try:
+    in_fresh_process(lambda task: os.kill(os.getpid(), task["signal"]), {"signal": signal.SIGSEGV})
+except CheckFailed as error:
+    print(len(pids), error)
+"""  # in a process without TensorFlow, whose threads do not survive a fork
+
+
+def test_each_step_has_a_process_and_one_that_takes_it_down_is_told():
+    done = subprocess.run([sys.executable, "-c", FRESH_STEPS], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "3 SIGSEGV ended the process, as it would end the server\n"
