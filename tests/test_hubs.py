@@ -153,7 +153,8 @@ def test_without_a_network_the_error_comes_soon_and_says_where_it_looked(empty_c
     assert f"looked in {empty_caches}/huggingface/models--user--absent" in message
     assert "hub.invalid could not be reached within 2 s" in message
     assert (
-        "Without a network: efficientnet_lite0, minilm_l6; in local caches: kaggle://user/tiny/keras/small" in message
+        "Without a network: efficientnet_lite0, minilm_l6, whisper_tiny_en; "
+        "in local caches: kaggle://user/tiny/keras/small" in message
     )
 
 

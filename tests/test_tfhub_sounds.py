@@ -109,8 +109,8 @@ def test_a_module_trains_and_is_exported(tmp_path):
     specs = [tf.TensorSpec([None, None], tf.float32), tf.TensorSpec([None, None], tf.int32)]
     archive.add_endpoint("serve", tf.function(lambda w, m: backbone.encoder([w, m])), specs)
     archive.write_out(tmp_path / "served", verbose=False)
-    served = tf.saved_model.load(str(tmp_path / "served")).serve(*inputs)
-    np.testing.assert_allclose(served, backbone.encoder(inputs), atol=1e-6)
+    served = tf.saved_model.load(str(tmp_path / "served"))
+    np.testing.assert_allclose(served.serve(*inputs), backbone.encoder(inputs), atol=1e-6)
 
 
 def test_frames_of_sound():

@@ -234,6 +234,7 @@ def wav(samples):
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+@pytest.mark.slow
 def test_wav_bytes_to_vectors_in_an_exported_graph(small, tmp_path):
     """Its ops are those of TF Serving 2.19; rows do not depend on the batch, and bad ones fail alone."""
     noise = batch()[0][0]

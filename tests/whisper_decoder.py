@@ -53,9 +53,9 @@ def load_decoder(file):
         dense(cross._output_dense, *parts(f"{name}/attention/linear_2", 1)[0])
         dense(unit._feedforward_intermediate_dense, *parts(f"{name}/ffn/linear_0", 1)[0])
         dense(unit._feedforward_output_dense, *parts(f"{name}/ffn/linear_1", 1)[0])
-        norm(unit._self_attention_layernorm, f"{name}/self_attention/layer_norm")
-        norm(unit._cross_attention_layernorm, f"{name}/attention/layer_norm")
-        norm(unit._feedforward_layernorm, f"{name}/ffn/layer_norm")
+        norm(unit._self_attention_layer_norm, f"{name}/self_attention/layer_norm")
+        norm(unit._cross_attention_layer_norm, f"{name}/attention/layer_norm")
+        norm(unit._feedforward_layer_norm, f"{name}/ffn/layer_norm")
     norm(model.decoder_layer_norm, "layer_norm")
     return model
 
