@@ -2,7 +2,8 @@
 
     make acceptance OF=forgetting             or: python -m tests.acceptance.forgetting [too_high averaged]
 
-About 15 minutes on two cores. IMAGE_SIZE=96 in the environment makes the pictures smaller, and takes 5; DEPTHS=2 leaves the climb out.
+About 15 minutes on two cores. IMAGE_SIZE=96 in the environment makes pictures smaller, and takes 5; DEPTHS=2 leaves
+the climb out.
 """
 
 from __future__ import annotations
