@@ -35,7 +35,8 @@ def advice(kind: str, counts: list[int], probe=None, neighbours=None, raw=None, 
     depth, why = recommended_depth(examples, probe, raw)
     sentences = [about_data(kind, counts, examples), about_domain(kind, probe, neighbours, raw)]
     sentences.append(f"{why} {dict(DEPTHS)[depth]}; `--depth auto` climbs from there only if validation gains.")
-    sentences.append(about_augmentation(kind, counts, depth))
+    far = probe is not None and raw is not None and probe <= raw
+    sentences.append(about_augmentation(kind, counts, depth, far))
     return " ".join(sentence for sentence in sentences if sentence)
 
 
@@ -105,8 +106,8 @@ def about_domain(kind: str, probe, neighbours, raw) -> str:
     return f"{text}."
 
 
-def about_augmentation(kind: str, counts: list[int], depth: str) -> str:
-    """How much to augment; "" for texts, which are not changed at random."""
+def about_augmentation(kind: str, counts: list[int], depth: str, far: bool = False) -> str:
+    """How much to augment; "" for texts, which are not changed at random. far: the bare input says more."""
     if kind == "text":
         return ""
     per_class = sum(counts) / max(sum(count > 0 for count in counts), 1)
@@ -115,6 +116,8 @@ def about_augmentation(kind: str, counts: list[int], depth: str) -> str:
     if kind == "audio":
         noisier = "`--augmentation spec-augment` adds masks where there are few or noisy clips."
         return f"Noise, shifts and crops (the default) are the right amount of augmentation; {noisier}"
+    if far:
+        return "Crops without flips (`--augmentation crop`) suit it: mirror images may not show the same here."
     if per_class < FEW:
         return f"With {per_class:,.0f} images a class go for variety: `--augmentation rand-augment`, more epochs."
     if per_class < MANY:

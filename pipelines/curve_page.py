@@ -50,8 +50,8 @@ def size_plot(gathered: dict) -> str:
             filled = "white" if row is twice else colour
             axes.plot(row["examples"], row["accuracy"], "o", markersize=9, color=colour, markerfacecolor=filled,
                       markeredgewidth=1.6)  # fmt: skip
-        axes.annotate("foretold", (twice["examples"], twice["accuracy"]), (0, -22), textcoords="offset points",
-                      color=MUTED, ha="center", va="top")  # fmt: skip
+        axes.annotate("foretold", (twice["examples"], twice["accuracy"]), (-10, 12), textcoords="offset points",
+                      color=MUTED, ha="right")  # fmt: skip
         axes.set_xscale("log")
         ticks = [row["examples"] for row in (*points, twice)]
         axes.set_xticks(ticks)

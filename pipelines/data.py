@@ -300,7 +300,7 @@ def image_loader(
 
     Args:
         white_level, plain: as in `Splits`.
-        augmentation: "none", "flip-crop" or "rand-augment", which flips and crops too.
+        augmentation: "none", "crop", "flip-crop" or "rand-augment", which flips and crops too.
         random_erasing: probability that a random box is filled with noise.
     """
     import tensorflow as tf
@@ -319,7 +319,8 @@ def image_loader(
             image = inputs.read_image(data, preprocess, white_level, plain)
         else:
             image = random_changes.random_crop(inputs.decode_image(data, white_level, plain), seed)
-            image = inputs.resize_image(random_changes.random_flip(image, seed), whole)
+            image = image if augmentation == "crop" else random_changes.random_flip(image, seed)
+            image = inputs.resize_image(image, whole)
         if augmentation == "rand-augment":
             image = random_changes.rand_augment(image, seed)
         if random_erasing:

@@ -42,7 +42,7 @@ class Feeds:
     def __init__(self, model: Classifier, splits: Splits, train: pa.Table, loader, config, strategy, read_inputs=None):
         """`train` is the training table with the weights that count; the other arguments as for `fit_two_phase`."""
         self.model, self.train, self.seed = model, train, config.training.seed
-        self.fine_tuning, self.options = config.fine_tune, config.cache
+        self.options = config.cache
         self.common = {"class_count": len(splits.class_names), "batch_size": config.training.batch_size}
         self.own = {"shard": shard_of(strategy)}
         self.frozen = FrozenPart(
@@ -108,9 +108,11 @@ class Feeds:
             features,
         )
 
-    def fine_tune(self, cut: int) -> Feed:
-        """Phase 2, on the tensors that cross the cut below block number `cut`."""
-        options = self.fine_tuning
+    def fine_tune(self, cut: int, options) -> Feed:
+        """Phase 2, on the tensors that cross the cut below block number `cut`.
+
+        options: `pipelines.options.FineTuneOptions` or its like.
+        """
         changes, mixing = (options.augmentation, options.random_erasing), (options.mixup, options.cutmix)
         plain = None
         # Blends of images are not blends of what a network makes of them.

@@ -144,9 +144,10 @@ class FineTuneOptions:
     """Most epochs of phase 2; of each deeper rung, light and full, with --depth auto."""
     fine_tune_learning_rate: float = 3e-4
     """Learning rate of the head in phase 2; blocks get less, by the formula above."""
-    augmentation: Literal["none", "flip-crop", "rand-augment"] = "flip-crop"
-    """Random changes to training images in phase 2: left-right flips and crops; rand-augment adds two of 14 changes
-    of colour and shape (RandAugment, N 2, magnitude 9 of 30): more variety for longer training."""
+    augmentation: Literal["none", "crop", "flip-crop", "rand-augment"] = "flip-crop"
+    """Random changes to training images in phase 2: left-right flips and crops (crop: those alone, for what has another
+    meaning when mirrored, such as digits); rand-augment adds two of 14 changes of colour and shape (RandAugment, N 2,
+    magnitude 9 of 30): more variety for longer training."""
     random_erasing: float = 0.0
     """Share of training images in phase 2 of which a random box is filled with noise, 0 to 1; usual: 0.25."""
     mixup: float = 0.0

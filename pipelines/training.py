@@ -297,7 +297,7 @@ def fit_two_phase(
         read_inputs: of data without a loader: examples -> a list of (rows, arrays [n, ...] that the model takes),
             each a part of the examples of one length.
         on_features: (function of a table -> pooled pretrained features), once phase 1 has them; not without a cache.
-            Where it gives True, the features have to change a lot: a full phase learns faster (`ladder.deeper_rate`).
+            Where it gives True, the features have to change a lot: a full phase has `ladder.far_options`.
         recovery: what an earlier process of this run has saved; phases that have ended are not trained again.
         on_end: (phase dict of `fit_phase`, function of a table -> logits), after each phase; it may add to the dict.
 
@@ -363,9 +363,10 @@ def fit_two_phase(
     start = None
     while phases[-1]["climb"]["went_on"]:
         name, blocks = rungs[len(phases)]
-        rate = ladder.deeper_rate(config.fine_tune, best["far"] and blocks is None)
-        if rate != config.fine_tune.fine_tune_learning_rate:
+        tuning = ladder.far_options(config.fine_tune, best["far"] and blocks is None)
+        if tuning is not config.fine_tune:
             console.print(ladder.FAR)
+        rate = tuning.fine_tune_learning_rate
         freezing.unfreeze_top(model, blocks or thawable, config.model.train_batch_norm)
         if start is None:
             weights = freezing.moving_weights(model) if len(rungs) > 2 else model.head.weights
@@ -374,7 +375,7 @@ def fit_two_phase(
         first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
         more = {"first_epoch": first_epoch, "epochs_aside": sum(phase["epochs"] for phase in phases[1:])}
         more |= {"learning_rate": rate, "best_val_loss": ladder.best_phase(phases)["val_loss"], **by_steps}
-        feed = feeds.fine_tune(cuts[len(phases)])
+        feed = feeds.fine_tune(cuts[len(phases)], tuning)
         more |= {"epochs": epochs, "deadline": clock.deadline, "guard": guard.begin(feed), "recovery": recovery}
         fit = functools.partial(fit_phase, model, name, **more)
         run_phase(name, feed, rate, functools.partial(ladder.fit_from, start, fit))

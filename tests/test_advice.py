@@ -92,3 +92,8 @@ def test_every_flag_it_names_is_one():
     assert len(flags) >= 5
     for flag in flags:
         assert parse_config(flag.split())
+
+
+def test_what_is_unlike_photographs_is_not_mirrored():
+    assert "--augmentation crop" in advice("image", [111] * 10, probe=0.89, raw=0.94)
+    assert "--augmentation crop" not in advice("image", [111] * 10, probe=0.94, raw=0.89)

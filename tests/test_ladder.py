@@ -194,10 +194,13 @@ def test_the_report_shows_the_climb_as_a_table(tmp_path):
 
 
 def test_where_transfer_hurts_the_whole_backbone_goes_further_unless_a_rate_was_asked_for():
-    from pipelines.options import FineTuneOptions
+    from pipelines.options import FineTuneOptions, TextFineTuneOptions
 
     usual = FineTuneOptions()
-    rate = usual.fine_tune_learning_rate
-    assert ladder.deeper_rate(usual, far=False) == rate
-    assert ladder.deeper_rate(usual, far=True) == 10 * rate
-    assert ladder.deeper_rate(FineTuneOptions(fine_tune_learning_rate=1e-4), far=True) == 1e-4
+    assert ladder.far_options(usual, far=False) is usual
+    far = ladder.far_options(usual, far=True)
+    assert far.fine_tune_learning_rate == 10 * usual.fine_tune_learning_rate
+    assert (far.augmentation, far.fine_tune_epochs) == ("crop", usual.fine_tune_epochs)
+    chosen = FineTuneOptions(fine_tune_learning_rate=1e-4)
+    assert ladder.far_options(chosen, far=True) is chosen
+    assert ladder.far_options(TextFineTuneOptions(), far=True).fine_tune_learning_rate == pytest.approx(5e-3)

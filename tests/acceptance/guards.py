@@ -54,7 +54,7 @@ def digits(folder):
         raw["points"] > 0,
     )
     first = done.stdout.split("\n")
-    said = next(index for index, line in enumerate(first) if line.startswith("Transfer hurts"))
+    said = next(index for index, line in enumerate(first) if line.startswith("Transfer hurts feature"))
     headline = next(index for index, line in enumerate(first) if " accuracy on " in line)
     yield "1. said before the headline", f"line {said}, line {headline}", "first", said < headline
     yield "4. --strict", f"exit {done.returncode}", "exit 3", done.returncode == 3

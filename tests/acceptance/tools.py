@@ -68,7 +68,6 @@ def run_checks(checks, file: str, title: str) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     commit = commit_now()
     path = pathlib.Path(file).with_suffix(".md")
-    parts = read_parts(path)
     names = [check.__name__ for check in checks]
     unknown = set(sys.argv[1:]) - set(names)
     if unknown:
@@ -85,7 +84,8 @@ def run_checks(checks, file: str, title: str) -> int:
                 cells = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in (what, measured, expected)]
                 lines.append(f"| {' | '.join(cells)} | {'yes' if holds else '**no**'} |")
                 print(lines[-1], flush=True)
-            parts[check.__name__] = "\n".join(lines)
+            # Read anew: another process may have written its parts meanwhile.
+            parts = {**read_parts(path), check.__name__: "\n".join(lines)}
             text = f"# {title}\n\n`make acceptance OF={path.stem}`, two CPU cores.\n"
             text += "".join(
                 f"\n## {name}\n\n{parts[name]}\n" for name in [*names, *(parts.keys() - set(names))] if name in parts

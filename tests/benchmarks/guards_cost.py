@@ -41,7 +41,7 @@ def take_guards_out() -> None:
     training.ForgettingGuard = NoGuard
     nothing = {"verdict": None, "sentence": "Not asked."}
     transfer.judge_transfer = transfer.probe_verdict = lambda *arguments, **more: nothing
-    label_checks.examiner = lambda *arguments: ({}, None)
+    label_checks.examiner = lambda *arguments: ({}, lambda features: None)
     results.judge_gap = lambda *arguments: {}
     contract.trained_image_contract = contract.trained_text_contract = lambda *arguments: None
 
