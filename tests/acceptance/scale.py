@@ -8,6 +8,7 @@ A run is tiny here (a small random backbone, 72 pictures), so that many fit; wha
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import json
 import math
@@ -26,6 +27,7 @@ from tests import loopback
 from tests.acceptance import tools
 from tests.conftest import write_png_folder
 
+PR_SET_PDEATHSIG = 1  # of Linux
 KILLS_PER_PART = 2
 FLAGS = ("--depth", 1, "--head-solver", "sgd", "--head-epochs", 6, "--fine-tune-epochs", 8, "--patience", 50)
 FLAGS += ("--batch-size", 4, "--checkpoint-seconds", 0.2, "--head-learning-rate", 0.003)
@@ -59,6 +61,7 @@ def start(command: list[str], out: pathlib.Path, cache: pathlib.Path, number: in
 
     child = os.fork()
     if child == 0:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no run outlives the list
         try:
             with open(f"{out}.{number}.log", "a") as file:
                 os.dup2(file.fileno(), 1)
