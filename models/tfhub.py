@@ -19,9 +19,12 @@ from keras.src.saving import serialization_lib
 from models import GraftError
 from models.backbone import Backbone, ImagePreprocess
 from models.tfhub_blocks import cut_into_blocks, group_by_scope
+from models.tfhub_sounds import SAMPLE_RATE_HZ, sound_graph, sound_preprocess
 
 DEFAULT_SIDE = 224  # pixels, for modules that take images of any size
-OUTPUT_KEYS = ("default", "pooled_output", "sequence_output")  # of modules that answer with a dict, best first
+# Of modules that answer with a dict, best first.
+OUTPUT_KEYS = ("default", "pooled_output", "sequence_output", "embedding")
+SHORTEST_SOUND = 1_000  # samples; a module that takes rows of fewer numbers takes no sound
 POOLINGS_BY_RANK = {2: "none", 3: "tokens", 4: "average"}  # keys of models.backbone.POOLINGS
 BATCH_NORM_STATISTIC = re.compile(r"(?:^|/)moving_(?:mean|variance|var)(?:_\d+)?(?:/|$)")
 
@@ -31,8 +34,9 @@ def load_hub_module(handle: str) -> Backbone:
 
     Image modules get what https://www.tensorflow.org/hub/common_signatures/images promises them: RGB in
     0 to 1 at the size that the module was traced with, or 224 x 224; for a module that expects something
-    else replace `preprocess`. Text modules take string [batch] and have `preprocess` None. A module is one
-    layer with one `training` flag: see `HubLayer.call`.
+    else replace `preprocess`. Text modules take string [batch] and have `preprocess` None. Modules of sound take
+    samples [batch, n] or, one clip at a time, [n], float at 16 kHz; of what YAMNet answers with, a tuple, the widest
+    tensor counts. A module is one layer with one `training` flag: see `HubLayer.call`.
 
     Args:
         handle: a folder or a URL, with or without the prefix `tfhub:`.
@@ -43,10 +47,14 @@ def load_hub_module(handle: str) -> Backbone:
     handle = handle.removeprefix("tfhub:")
     layer = HubLayer(handle, trainable=True)
     shape, dtype = find_input(layer)
-    inputs = keras.Input(shape=shape, dtype=dtype)
-    features = choose_output(handle, layer(inputs))
+    is_sound = len(shape) == 1
+    if is_sound:
+        inputs, features = sound_graph(lambda waveform: choose_output(handle, layer(waveform)), *shape)
+    else:
+        inputs = keras.Input(shape=shape, dtype=dtype)
+        features = choose_output(handle, layer(inputs))
     pooling = POOLINGS_BY_RANK.get(len(features.shape))
-    if pooling is None:
+    if pooling is None or (is_sound and pooling != "none"):
         raise GraftError(
             f"TF-Hub module {handle} answers with shape {list(features.shape)}; a backbone's features are [batch, d], "
             f"[batch, tokens, d] or [batch, height, width, d]. Use its feature vector variant."
@@ -56,13 +64,18 @@ def load_hub_module(handle: str) -> Backbone:
     name = re.sub(r"[^\w.-]", "-", name)
     encoder = keras.Model(inputs, features, name=name)
     preprocess = None
-    if shape:
+    if is_sound:
+        preprocess = sound_preprocess(*shape)
+    elif shape:
         size = tuple(side or DEFAULT_SIDE for side in shape[:2])
         preprocess = ImagePreprocess(image_size=size, deviation=(255.0,) * 3)
     feature_size = features.shape[-1]
     if feature_size is None:  # the module does not say; one example tells
-        example = tf.constant([""]) if preprocess is None else tf.zeros([1, *preprocess.image_size, 3])
-        feature_size = choose_output(handle, layer(example)).shape[-1]
+        if is_sound:
+            example = [tf.zeros([1, SAMPLE_RATE_HZ]), tf.ones([1, SAMPLE_RATE_HZ], tf.int32)]
+        else:
+            example = tf.constant([""]) if preprocess is None else tf.zeros([1, *preprocess.image_size, 3])
+        feature_size = encoder(example).shape[-1]
     source = {"handle": handle, "sha256": folder_sha256(layer.folder), "licence": "unknown"}
     if not is_local(handle):
         source["notice"] = (
@@ -183,7 +196,11 @@ class HubLayer(keras.layers.Layer):
         options = dict(self.arguments)
         if self._takes_training:
             options["training"] = trains and all(s.trainable for s in self.scopes if s.holds_batch_norm)
-        outputs = self._module(inputs, **options)
+        of_a_clip = find_clip_outputs(self._module)
+        if of_a_clip is None:
+            outputs = self._module(inputs, **options)
+        else:
+            outputs = tf.map_fn(lambda row: self._module(row, **options), inputs, fn_output_signature=of_a_clip)
         if trains:
             for loss in getattr(self._module, "regularization_losses", []):
                 self.add_loss(loss())
@@ -287,8 +304,20 @@ def find_variables(module) -> tuple[list, list]:
     return list(used.values()), [variable for variable in used.values() if variable.trainable]
 
 
+def find_clip_outputs(module):
+    """What a module that takes one clip at a time, [samples] float, answers with, as tf.TensorSpec; else None."""
+    for function in module.__call__.concrete_functions:
+        positional, _ = function.structured_input_signature
+        spec = positional[0] if positional else None
+        if isinstance(spec, tf.TensorSpec) and spec.dtype.is_floating and spec.shape.rank == 1:
+            return tf.nest.map_structure(
+                lambda output: tf.TensorSpec(output.shape, output.dtype), function.structured_outputs
+            )
+    return None
+
+
 def find_input(layer: HubLayer) -> tuple[tuple, str]:
-    """(shape without batch, dtype) of what a module was traced with: an image, or a string.
+    """(shape without batch, dtype) of what a module was traced with: an image, a waveform, or a string.
 
     Raises:
         GraftError: it takes something else.
@@ -304,9 +333,13 @@ def find_input(layer: HubLayer) -> tuple[tuple, str]:
             return (), "string"
         if spec.dtype.is_floating and spec.shape.rank == 4 and spec.shape[3] in (3, None):
             return (*spec.shape[1:3], 3), spec.dtype.name
+        is_row = spec.dtype == tf.float32 and spec.shape.rank in (1, 2)
+        if is_row and (spec.shape[-1] or SHORTEST_SOUND) >= SHORTEST_SOUND:
+            return (spec.shape[-1],), "float32"
     raise GraftError(
         f"TF-Hub module {layer.handle} takes {'; '.join(seen) or 'nothing'}; a backbone takes images "
-        f"([batch, height, width, 3] float) or text ([batch] string). Use models.tfhub.HubLayer in a model of your own."
+        f"([batch, height, width, 3] float), sound ([batch, samples] or [samples] float32) or text ([batch] string). "
+        f"Use models.tfhub.HubLayer in a model of your own."
     )
 
 
@@ -319,6 +352,8 @@ def choose_output(handle: str, outputs):
         described = f"a dict of {', '.join(sorted(outputs))}"
     elif hasattr(outputs, "shape"):
         return outputs
+    elif isinstance(outputs, (tuple, list)) and all((getattr(output, "shape", 0) or [0])[-1] for output in outputs):
+        return max(outputs, key=lambda output: output.shape[-1])
     else:
         described = f"a {type(outputs).__name__}"
     raise GraftError(

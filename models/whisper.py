@@ -85,6 +85,8 @@ def load_whisper_ct2(file: pathlib.Path, pooling: str | None = None) -> Backbone
     if specification != "WhisperSpec":
         raise GraftError(f"{file} holds a model of the kind {specification}; expected WhisperSpec, a Whisper.")
     state = Weights(file.parent, transformers_names(file, arrays), "transformers'")
+    if "encoder/num_heads" not in arrays:
+        raise GraftError(f"{file} does not say encoder/num_heads; expected a whole Whisper. Convert the model again.")
     parts = _build_parts(state, int(arrays["encoder/num_heads"]))
     encoder, blocks = flat_encoder(parts, pooling)
     return _backbone(file.parent, encoder, blocks, [file], "CTranslate2 WhisperSpec", "unknown")
@@ -252,6 +254,8 @@ def transformers_names(file: pathlib.Path, arrays: dict[str, np.ndarray]) -> dic
         for ours, theirs in CTRANSLATE2_PARTS.items():
             copy(f"layers.{number}.{ours}", f"layer_{number}/{theirs}", norm if "norm" in ours else ("weight", "bias"))
         joined = f"encoder/layer_{number}/self_attention/linear_0"
+        if not {f"{joined}/weight", f"{joined}/bias"} <= set(arrays):
+            raise GraftError(f"{file} lacks {joined}/weight or its bias; expected a whole Whisper. Convert it again.")
         for word in ("weight", "bias"):
             for part, array in zip("qkv", np.split(arrays[f"{joined}/{word}"], 3)):
                 state[f"layers.{number}.self_attn.{part}_proj.{word}"] = array

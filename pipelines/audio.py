@@ -59,7 +59,7 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     from pipelines.recovery import Recovery
     from pipelines.sound_augmentation import sound_loader
     from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer
+    from pipelines.transfer import judge_transfer, probe_verdict
 
     strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
     chief = is_chief(strategy)  # of several workers, the one that writes
@@ -79,8 +79,15 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     read_inputs = functools.partial(sound_parts, preprocess=preprocess)
     loader = functools.partial(sound_loader, preprocess, noise_snr_db=config.fine_tune.noise_snr_db)
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
+    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
     examined, examine = examiner(splits, config)
+    probed = {}
+
+    def examine_features(features):
+        examine(features)
+        probed.update(probe_verdict(model, splits, loader, config, read_inputs, "audio"))
+        return probed["verdict"] == "hurts"
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -103,7 +110,7 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
             on_start=print_trainable_table,
             on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
             on_end=test_phase,
-            on_features=examine if chief else None,
+            on_features=examine_features if chief else None,
             read_inputs=read_inputs,
             recovery=recovery,
         )
@@ -116,10 +123,10 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
         baselines = log_mel_baselines(splits, config.training.seed)
         clock.lap("evaluation")
 
-        # Whether what was pretrained was of use here at all.
+        # The verdict on transfer, with what became of it.
         raw_accuracy = baselines[0]["accuracy"]
         transfer = judge_transfer(
-            model, splits, loader, config, scored[0]["test"], read_inputs, raw_accuracy, kind="audio"
+            model, splits, loader, config, scored[0]["test"], read_inputs, raw_accuracy, probed, kind="audio"
         )
         clock.lap("transfer verdict")
 

@@ -59,7 +59,7 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     from pipelines.prediction import predictor
     from pipelines.recovery import Recovery
     from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer
+    from pipelines.transfer import judge_transfer, probe_verdict
 
     strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
     chief = is_chief(strategy)  # of several workers, the one that writes
@@ -77,8 +77,15 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     def loader(augmentation, random_erasing=0.0):
         return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing, splits.plain)
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
+    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
     examined, examine = examiner(splits, config)
+    probed = {}
+
+    def examine_features(features):
+        examine(features)
+        probed.update(probe_verdict(model, splits, loader, config))
+        return probed["verdict"] == "hurts"
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -101,7 +108,7 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
             on_start=print_trainable_table,
             on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
             on_end=test_phase,
-            on_features=examine if chief else None,
+            on_features=examine_features if chief else None,
             recovery=recovery,
         )
         clock.lap("training")
@@ -112,8 +119,8 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
             return leave(strategy, run_dir)
         clock.lap("evaluation")
 
-        # Whether what was pretrained was of use here at all.
-        transfer = judge_transfer(model, splits, loader, config, scored[0]["test"])
+        # The verdict on transfer, with what became of it.
+        transfer = judge_transfer(model, splits, loader, config, scored[0]["test"], probed=probed)
         clock.lap("transfer verdict")
 
         # A version for TensorFlow Serving, verified before it gets its number.

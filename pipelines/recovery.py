@@ -80,6 +80,13 @@ class Progress:
         self.step += 1
         self.sums = [float(a) + float(b) for a, b in zip(self.sums, sums)]
 
+    def book(self, val_loss: float, right: np.ndarray, best_weights: list | None) -> None:
+        """Note what validation gave; best_weights: of an epoch that is the best so far, and is kept."""
+        if best_weights is not None:
+            self.best_val_loss, self.best_epoch, self.best_weights = val_loss, self.epoch + 1, best_weights
+        if val_loss < self.own_loss:
+            self.own_loss, self.own_epoch, self.right = val_loss, self.epoch + 1, right
+
     def end_epoch(self, row: dict) -> None:
         """Append a row of history and turn to the next epoch."""
         self.history.append(row)
@@ -338,9 +345,13 @@ class Recovery:
     # ---- files
 
     def remove(self) -> None:
-        """The run is complete: nothing of this is needed any more."""
+        """The run is complete: nothing of this is needed any more, nor what killed writers left half done."""
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
+            run_dir = self.folder.parents[1]
+            for pattern in (".tmp-*", "checkpoints/.tmp-*", "serving/*/.tmp-*"):
+                for path in run_dir.glob(pattern):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _path(self, what: str) -> pathlib.Path | None:
         return self.folder / f"{self.number}-{self.name}.{what}.npz" if self.folder else None

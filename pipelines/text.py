@@ -59,7 +59,7 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     from pipelines.recovery import Recovery
     from pipelines.tokens import text_predictor, token_parts, truncation_warning
     from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer
+    from pipelines.transfer import judge_transfer, probe_verdict
 
     strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
     chief = is_chief(strategy)  # of several workers, the one that writes
@@ -81,8 +81,15 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     def read_inputs(table):
         return token_parts(table, preprocess, one_length=is_tpu(strategy))
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples.
+    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
+    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
     examined, examine = examiner(splits, config)
+    probed = {}
+
+    def examine_features(features):
+        examine(features)
+        probed.update(probe_verdict(model, splits, None, config, read_inputs))
+        return probed["verdict"] == "hurts"
 
     def test_phase(phase, logits_of):
         """Test figures after each phase, for the report only: nothing is chosen by them."""
@@ -105,7 +112,7 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
             on_start=print_trainable_table,
             on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
             on_end=test_phase,
-            on_features=examine if chief else None,
+            on_features=examine_features if chief else None,
             recovery=recovery,
             read_inputs=read_inputs,
         )
@@ -118,8 +125,9 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
         baseline = tfidf_baseline(splits, config.training.seed)
         clock.lap("evaluation")
 
-        # Whether what was pretrained was of use here at all.
-        transfer = judge_transfer(model, splits, None, config, scored[0]["test"], read_inputs, baseline["accuracy"])
+        # The verdict on transfer, with what became of it.
+        judged = model, splits, None, config, scored[0]["test"], read_inputs, baseline["accuracy"]
+        transfer = judge_transfer(*judged, probed=probed)
         clock.lap("transfer verdict")
 
         # A version for TensorFlow Serving, verified before it gets its number.

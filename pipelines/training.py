@@ -91,6 +91,8 @@ def fit_phase(
         GraftError: a loss that is no number, at lower rates too.
     """
     started, recovery = time.perf_counter(), recovery or Recovery()
+    if not recovery.name:
+        recovery.begin(name)
     steps = len(feed.train_batches(0, first_epoch))
     val_targets = targets_of(val, model.head.units)
     spec = distributed(strategy, feed.batches(val)).element_spec
@@ -133,13 +135,12 @@ def fit_phase(
                 with stopping.held():
                     with updates.validating():
                         drift, forgot = guard() if guard else ({}, False)
-                        if val_loss < progress.best_val_loss and not forgot:
+                        (forgot,) = map(bool, chief_says(strategy, [forgot]))
+                        is_best = val_loss < progress.best_val_loss and not forgot
+                        if is_best:
                             on_best(model)
-                            progress.best_val_loss, progress.best_epoch = val_loss, progress.epoch + 1
-                            progress.best_weights = [weight.numpy() for weight in moving]
-                    if val_loss < progress.own_loss:
-                        progress.own_loss, progress.own_epoch = val_loss, progress.epoch + 1
-                        progress.right = share_correct(val_targets, logits, model.multi_label).numpy()
+                        right = share_correct(val_targets, logits, model.multi_label).numpy()
+                        progress.book(val_loss, right, [weight.numpy() for weight in moving] if is_best else None)
                     row = {"loss": progress.mean_loss, "accuracy": progress.accuracy}
                     row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
                     row["learning_rate"] = float(keras.ops.convert_to_numpy(updates.optimizer.learning_rate))
@@ -147,11 +148,8 @@ def fit_phase(
                     progress.end_epoch({"epoch": epochs_aside + number + 1, **row, **drift, **seconds})
                     shown = row | {key: drift[key] for key in drift if key != "weight_distance"}
                     observers.on_epoch_end(epochs_aside + number, shown)
-                    # For itself: a deeper phase may need longer to pass.
-                    waited = progress.epoch - progress.own_epoch >= options.patience
-                    enough = progress.best_epoch == progress.epoch and 0 < options.target <= val_accuracy
                     late = time.perf_counter() + recovery.spent_s > deadline
-                    ended = forgot or waited or enough or model.stop_training or late
+                    ended = forgot or late or model.stop_training or has_enough(progress, options)
                     progress.forgot, progress.ended = map(bool, chief_says(strategy, [forgot, ended]))
                     recovery.save()
     finally:  # after Ctrl-C too: the progress bar gives the terminal back
@@ -166,6 +164,14 @@ def fit_phase(
     facts |= {"rollbacks": progress.rollbacks} if progress.rollbacks else {}
     facts |= {"kept": progress.best_epoch > 0, "val_loss": progress.best_val_loss}
     return {**facts, "right": progress.right, "forgot": progress.forgot}
+
+
+def has_enough(progress: Progress, options) -> bool:
+    """Whether a phase has waited long enough for a better epoch, or reached --target."""
+    # For itself: a deeper phase may need longer to pass the one before.
+    waited = progress.epoch - progress.own_epoch >= options.patience
+    reached = 0 < options.target <= progress.history[-1]["val_accuracy"]
+    return waited or (reached and progress.best_epoch == progress.epoch)
 
 
 def phase_facts(model, name: str, started: float, learning_rate: float, moved: dict, history, best_epoch) -> dict:
@@ -291,6 +297,7 @@ def fit_two_phase(
         read_inputs: of data without a loader: examples -> a list of (rows, arrays [n, ...] that the model takes),
             each a part of the examples of one length.
         on_features: (function of a table -> pooled pretrained features), once phase 1 has them; not without a cache.
+            Where it gives True, the features have to change a lot: a full phase learns faster (`ladder.deeper_rate`).
         recovery: what an earlier process of this run has saved; phases that have ended are not trained again.
         on_end: (phase dict of `fit_phase`, function of a table -> logits), after each phase; it may add to the dict.
 
@@ -339,8 +346,9 @@ def fit_two_phase(
         phase["climb"] |= {"went_on": went_on, "because": because}
         if on_end:
             on_end(phase, best["logits_of"])
-        if on_features and name == "head" and feed.features:
-            on_features(feed.features)
+        if name == "head":
+            far = on_features(feed.features) if on_features and feed.features else False
+            best["far"] = bool(*chief_says(strategy, [bool(far)]))
         if depth == "auto" or (not went_on and len(phases) < len(rungs)):
             console.print(f"  {'Going on' if went_on else 'No further'}: {because}.\n")
         clock.start()
@@ -352,9 +360,12 @@ def fit_two_phase(
     run_phase("head", feed, rate, fit)
     simplest = phases[0].pop("simplest", None)
 
-    rate, start = config.fine_tune.fine_tune_learning_rate, None
+    start = None
     while phases[-1]["climb"]["went_on"]:
         name, blocks = rungs[len(phases)]
+        rate = ladder.deeper_rate(config.fine_tune, best["far"] and blocks is None)
+        if rate != config.fine_tune.fine_tune_learning_rate:
+            console.print(ladder.FAR)
         freezing.unfreeze_top(model, blocks or thawable, config.model.train_batch_norm)
         if start is None:
             weights = freezing.moving_weights(model) if len(rungs) > 2 else model.head.weights

@@ -43,13 +43,22 @@ RANDOM = "the same network with random weights"
 
 
 def judge_transfer(
-    model: Classifier, splits, loader, config, test_logits, read_inputs=None, raw_accuracy=None, kind: str = ""
+    model: Classifier,
+    splits,
+    loader,
+    config,
+    test_logits,
+    read_inputs=None,
+    raw_accuracy=None,
+    probed=None,
+    kind: str = "",
 ) -> dict:
     """The verdict on transfer, after training.
 
     Args:
         model: the finished model. Its pretrained backbone is loaded once more.
         loader, read_inputs: as for `pipelines.training.fit_two_phase`.
+        probed: what `probe_verdict` gave, where it was asked before training went deeper.
         test_logits: [n, classes] of the finished model.
         raw_accuracy: on the test set, of a linear model of the bare input that was trained on all examples, where one
             is at hand; else it is trained here, if it comes to that.
@@ -65,23 +74,26 @@ def judge_transfer(
     """
     started = time.perf_counter()
     kind = kind or ("text" if read_inputs else "image")
-    result = probe_verdict(model, splits, loader, config, read_inputs, kind)
+    result = probed or probe_verdict(model, splits, loader, config, read_inputs, kind)
     if result["verdict"]:
         # Of texts with several labels the linear model gave no accuracy that could be compared.
         known = kind == "image" or raw_accuracy is not None
         if result["verdict"] == "hurts" and result["against"] == "raw" and known:
             result["raw_test"] = finished_against_raw(model, splits, test_logits, raw_accuracy)
-        result["seconds"] = time.perf_counter() - started
+        result["seconds"] = time.perf_counter() - started + (result["seconds"] if probed else 0.0)
         result["sentence"] = sentence(result, kind)
-        console.print(f"  probes of transfer on {result['examples']:,} examples: {result['seconds']:.1f} s")
     if config.guards.baseline == "scratch":
         result["scratch"] = train_from_scratch(model, splits, loader, config, test_logits, read_inputs, kind)
         result["sentence"] += scratch_sentence(result["scratch"])
     return result
 
 
-def probe_verdict(model: Classifier, splits, loader, config, read_inputs, kind: str) -> dict:
-    """What the three probes find on a sample of the training set."""
+def probe_verdict(model: Classifier, splits, loader, config, read_inputs=None, kind: str = "") -> dict:
+    """What the three probes find on a sample of the training set: `judge_transfer`'s result without the sentence.
+
+    Its pretrained backbone is loaded once more. Arguments as there.
+    """
+    started, kind = time.perf_counter(), kind or ("text" if read_inputs else "image")
     seed, options = config.training.seed, config.cache
     only_train = dataclasses.replace(splits, val=splits.val.slice(0, 0))
     sample = stratified_sample(only_train, MOST_EXAMPLES, seed)
@@ -113,12 +125,15 @@ def probe_verdict(model: Classifier, splits, loader, config, read_inputs, kind: 
     against = max(("raw", "random_weights"), key=lambda name: probes[name]["accuracy"])
     gap = in_points(paired_difference(probes["pretrained"]["correct"], probes[against]["correct"]))
     low, high = gap["interval"]
+    seconds = time.perf_counter() - started
+    console.print(f"  probes of transfer on {sample.num_rows:,} examples: {seconds:.1f} s")
     return {
         "verdict": "helps" if low > 0 else "hurts" if high < 0 else "no_difference",
         **gap,
         "against": against,
         "probes": {name: {key: probe[key] for key in ("accuracy", "interval", "l2")} for name, probe in probes.items()},
         "examples": sample.num_rows,
+        "seconds": seconds,
     }
 
 
@@ -259,7 +274,8 @@ def sentence(result: dict, kind: str) -> str:
     names = {"raw": INPUTS[kind], "random_weights": RANDOM}
     probes, against = result["probes"], names[result["against"]]
     if result["verdict"] == "helps":
-        return f"Transfer helps: {result['points']:+.1f} points over {against}."
+        low, high = result["interval"]
+        return f"Transfer helps: {result['points']:+.1f} points ({low:+.1f} to {high:+.1f}) over {against}."
     if result["verdict"] == "no_difference":
         return f"Transfer makes no measurable difference: {with_interval(result)}, against {against}."
     text = (

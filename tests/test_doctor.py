@@ -83,7 +83,7 @@ def test_advice_for_devices():
     assert "--distribute tpu --precision bfloat16" in advice_of(said)
 
 
-def test_little_room(tmp_path, monkeypatch, small_disk):
+def test_little_room(small_disk, tmp_path, monkeypatch):  # in this order: the disk is left before it goes
     monkeypatch.chdir(small_disk)
     monkeypatch.setenv("GRAFT_CACHE", str(tmp_path))
     here, cache = doctor.check_disk()
@@ -106,7 +106,7 @@ def test_cache_sizes(tmp_path, monkeypatch):
 
 
 def test_hosts_that_do_not_answer_take_two_seconds(monkeypatch):
-    monkeypatch.setattr(doctor, "HUBS", dict.fromkeys([f"10.255.255.{n}" for n in range(1, 5)], "models"))
+    monkeypatch.setattr(doctor, "HUBS", dict.fromkeys([f"hub{n}.invalid" for n in range(4)], "models"))
     for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(doctor, "package_index", lambda: ("pypi.org", False))

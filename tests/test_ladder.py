@@ -191,3 +191,13 @@ def test_the_report_shows_the_climb_as_a_table(tmp_path):
     ):  # fmt: skip
         assert words in text, words
     assert "How deep it went" not in page_of(tmp_path, make_facts()).text
+
+
+def test_where_transfer_hurts_the_whole_backbone_goes_further_unless_a_rate_was_asked_for():
+    from pipelines.options import FineTuneOptions
+
+    usual = FineTuneOptions()
+    rate = usual.fine_tune_learning_rate
+    assert ladder.deeper_rate(usual, far=False) == rate
+    assert ladder.deeper_rate(usual, far=True) == 10 * rate
+    assert ladder.deeper_rate(FineTuneOptions(fine_tune_learning_rate=1e-4), far=True) == 1e-4

@@ -109,8 +109,10 @@ def test_a_run_that_was_stopped_within_an_epoch_ends_as_if_it_had_not_been(split
     assert_same(train(splits, keeping), undisturbed)
     assert "fine_tune: going on in epoch 2, after 2 steps" in capsys.readouterr().out
     assert files(tmp_path) == ["1-head.ended.npz", "2-fine_tune.ended.npz", "run.json"]
+    half_done = tmp_path / "serving" / "name" / ".tmp-1-abc"
+    half_done.mkdir(parents=True)
     keeping.remove()
-    assert list((tmp_path / "checkpoints").iterdir()) == []
+    assert list((tmp_path / "checkpoints").iterdir()) == [] and not half_done.exists()
 
 
 @pytest.mark.slow

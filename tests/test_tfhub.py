@@ -569,7 +569,7 @@ def test_an_export_of_keras_3_is_not_reusable(tmp_path):
 @pytest.mark.parametrize(
     "spec, answer, message",
     [
-        (tf.TensorSpec([None]), lambda x: x, r"takes TensorSpec\(shape=\(None,\).*a backbone takes images"),
+        (tf.TensorSpec([None, 3]), lambda x: x, r"takes TensorSpec\(shape=\(None, 3\).*a backbone takes images"),
         ({"ids": tf.TensorSpec([None, 4], tf.int32)}, lambda x: x, "takes .*ids.*Use models.tfhub.HubLayer"),
         (tf.TensorSpec([None], tf.string), lambda x: {"a": x, "b": x}, "a dict of a, b; expected one tensor"),
         (tf.TensorSpec([None], tf.string), lambda x: (x, x), "answers with a (list|tuple); expected one tensor"),

@@ -72,6 +72,7 @@ def phases_of(data: str, depth: str, seed: int, image_size: int) -> tuple[list[d
     from pipelines.texts import find_texts, load_texts
     from pipelines.tokens import token_parts
     from pipelines.training import fit_two_phase
+    from pipelines.transfer import probe_verdict
 
     keras.backend.clear_session()
     keras.utils.set_random_seed(seed)
@@ -91,12 +92,16 @@ def phases_of(data: str, depth: str, seed: int, image_size: int) -> tuple[list[d
         return token_parts(table, preprocess)
 
     feeding = {"read_inputs": None if kind is image else read_inputs}
+    def is_far(features):
+        return probe_verdict(model, splits, loader, config, feeding["read_inputs"])["verdict"] == "hurts"
+
     phases, logits_of = fit_two_phase(
         model,
         splits,
         loader if kind is image else None,
         config,
         tf.distribute.get_strategy(),
+        on_features=is_far,
         on_end=lambda phase, logits_of: facts.add_test_figures(phase, splits, logits_of(splits.test)),
         **feeding,
     )

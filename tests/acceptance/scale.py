@@ -26,7 +26,7 @@ from tests import loopback
 from tests.acceptance import tools
 from tests.conftest import write_png_folder
 
-KILLS_PER_PART = 4
+KILLS_PER_PART = 2
 FLAGS = ("--depth", 1, "--head-solver", "sgd", "--head-epochs", 6, "--fine-tune-epochs", 8, "--patience", 50)
 FLAGS += ("--batch-size", 4, "--checkpoint-seconds", 0.2, "--head-learning-rate", 0.003)
 
@@ -282,7 +282,7 @@ def broken(folder: pathlib.Path):
     yield tools.tests("several steps in one graph are single steps", "tests/test_training.py", "-k", "one_graph")
 
 
-CHECKS = [*map(killed_part, range(1, 6)), stopped, dead_worker, devices, broken]
+CHECKS = [*map(killed_part, range(1, 11)), stopped, dead_worker, devices, broken]
 
 if __name__ == "__main__":
     sys.exit(tools.run_checks(CHECKS, __file__, "Scale and survival: the full list"))

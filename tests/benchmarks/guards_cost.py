@@ -39,7 +39,8 @@ def take_guards_out() -> None:
             return None
 
     training.ForgettingGuard = NoGuard
-    transfer.judge_transfer = lambda *arguments, **more: {"verdict": None, "sentence": "Not asked."}
+    nothing = {"verdict": None, "sentence": "Not asked."}
+    transfer.judge_transfer = transfer.probe_verdict = lambda *arguments, **more: nothing
     label_checks.examiner = lambda *arguments: ({}, None)
     results.judge_gap = lambda *arguments: {}
     contract.trained_image_contract = contract.trained_text_contract = lambda *arguments: None
