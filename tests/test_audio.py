@@ -15,10 +15,12 @@ from models import GraftError
 from models.offline_sounds import wav_bytes
 from pipelines import audio, runs
 from pipelines.__main__ import main
+from pipelines.batch import read_details
 from pipelines.config import parse_config
 from pipelines.options import AudioConfig
 from pipelines.sounds import sound_predictor
 from serving.session import Session
+from serving.warmup import WARMUP_FILE, read_requests, replay_warmup, write_warmup
 from tests.embedded_server import running
 from tests.test_page import answers, browser, drop, opened, rows_of  # noqa: F401 (a fixture)
 from tests.tiny_sounds import PITCHES_HZ, tone, write_tones, write_whisper
@@ -148,6 +150,15 @@ def test_predict_takes_what_training_takes(run_dir, data, tmp_path, capsys):
     assert all(row["label"] in PITCHES_HZ and not row["error"] for row in rows.values()), rows
     assert main(["predict", str(run_dir)]) == 2
     assert "give clip files, a folder" in capsys.readouterr().err
+
+
+def test_warm_up_requests_are_made_up_sounds(run_dir, tmp_path):
+    folder = shutil.copytree(run_dir / "serving" / "tones" / "1", tmp_path / "1")
+    count = write_warmup(folder, read_details(folder), batch_sizes=(1, 4))
+    requests = read_requests(folder / WARMUP_FILE)
+    assert replay_warmup(folder) == count == 4
+    waveforms = {name: inputs.get("waveform") for name, inputs in requests}["waveform"]
+    assert waveforms.shape == (1, 8_000) and np.abs(waveforms).max() <= 0.1
 
 
 @pytest.mark.slow
