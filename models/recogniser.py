@@ -79,5 +79,5 @@ def greedy(logits):
 def transcripts(logits, characters: str):
     """Logits -> (transcript [b] string, confidence [b] float32): what `greedy` reads, without spaces at the ends."""
     places, confidence = greedy(logits)
-    read = tf.ragged.map_flat_values(lambda values: tf.gather(tf.constant(list(characters)), values), places)
-    return tf.strings.strip(tf.strings.reduce_join(read, axis=-1)), confidence
+    padded = places.to_tensor(len(characters))  # behind the end stands what adds nothing
+    return tf.strings.strip(tf.strings.reduce_join(tf.gather([*characters, ""], padded), axis=1)), confidence

@@ -47,8 +47,11 @@ def find_transcripts(data: str, path_column: str = "path", text_column: str = "t
             f"columns {path_column} and {text_column}, or a folder of train, val and test manifests."
         )
     # A vertical bar parts several labels of one example: a transcript has none.
-    found = read_manifests(files, path_column, text_column, group_column)
-    return [dataclasses.replace(example, labels=(" ".join(example.labels),)) for example in found]
+    try:
+        found = read_manifests(files, path_column, text_column, group_column)
+    except GraftError as error:
+        raise GraftError(str(error).replace("--label-column", "--text-column")) from None
+    return [example._replace(labels=(" ".join(example.labels),)) for example in found]
 
 
 def count_characters(texts: list[str]) -> dict[str, int]:

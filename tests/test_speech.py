@@ -51,7 +51,7 @@ def test_transcripts_are_split_and_numbered(tmp_path):
         load_transcripts(find_transcripts(str(file)), "letters", 0.1)
     with pytest.raises(GraftError, match="expected a manifest of transcripts"):
         find_transcripts("")
-    with pytest.raises(GraftError, match="no column 'said'.*--label-column|no column 'said'"):
+    with pytest.raises(GraftError, match="no column 'said'.*--text-column"):
         find_transcripts(str(file), text_column="said")
 
 
@@ -97,13 +97,16 @@ def test_objective_counts_what_it_reads():
     assert written(outputs, "abc")[0] == ["abc", "aa"]
     np.testing.assert_allclose(objective.right(targets, logits), [1.0, 0.5])
     np.testing.assert_allclose(objective.shares(targets, outputs), [1.0, 0.5])
+    nothing = 20.0 * np.eye(4, dtype=np.float32)[[[3] * 6] * 2]
+    np.testing.assert_allclose(objective.right(targets, nothing), [0.0, 0.0])
+    assert written(objective.outputs(targets, nothing).numpy(), "abc")[0] == ["", ""]
     loss, share = objective.figures(targets, outputs)
     assert share == 0.75 and loss == pytest.approx(float(objective.losses(targets, logits, 0.0).numpy().mean()))
 
 
 def test_error_rates_and_alignment():
     assert distance("kitten", "sitting") == 3 and distance([], "ab") == 2 and distance("ab", []) == 2
-    assert align("one two three".split(), "one too tree four".split())[:2] == [("one", "one"), ("two", "too")]
+    assert align(["one", "two", "three"], ["one", "too", "tree", "four"])[:2] == [("one", "one"), ("two", "too")]
     pairs = align(list("abc"), list("xac"))
     assert sum(a != b for a, b in pairs) == 2
     assert [a for a, _ in pairs if a] == list("abc") and [b for _, b in pairs if b] == list("xac")
