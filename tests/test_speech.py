@@ -136,6 +136,7 @@ def test_padding_beside_a_longer_clip_changes_no_logit(tmp_path):
     assert (together[0, alone.shape[1] :, :-1] == CERTAIN).all()
 
 
+@pytest.mark.slow
 def test_a_run_from_manifest_to_served_transcripts(tmp_path):
     file, folder = write_transcripts(tmp_path / "clips"), write_wav2vec2(tmp_path / "tiny")
     flags = f"--data {file} --backbone {folder} --out {tmp_path / 'run'} --batch-size 8 --head-epochs 2 --depth 1"
