@@ -25,6 +25,7 @@ from models.wav2vec2_layers import (
     NORM_EPSILON,
     FrameMask,
     PositionalConvolution,
+    RealFrames,
     Samples,
     SpecAugment,
     SpeechUnit,
@@ -45,7 +46,8 @@ def load_wav2vec2_folder(folder: pathlib.Path, pooling: str | None = None, paddi
     clip, 0: padding behind it), any number of samples.
 
     Args:
-        pooling: "mean" (None too), over a clip's own frames: [batch, d] float32. "frames": [batch, frames, d].
+        pooling: "mean" (None too), over a clip's own frames: [batch, d] float32. "frames": [batch, frames, d], zeros
+            behind a clip's own.
         padding: "apart": no frame depends on padding. "transformers": padding counts as it does there, in the norm
             over time and, where preprocessor_config.json says return_attention_mask: false, in attention too.
 
@@ -147,6 +149,8 @@ def wav2vec2_encoder(
         states = add(blocks[-1][1], _norm(settings, "encoder_norm"), states)
     if pooling == "mean":
         states = add(blocks[-1][1], PoolTokens("mean", name="pooling"), states, real)
+    elif padding == "apart":
+        states = add(blocks[-1][1], RealFrames(name="frames"), states, real)
     encoder = keras.Model([waveform, attention_mask], states, name=name)
     encoder.kernels, encoder.strides = tuple(kernels), tuple(strides)  # for frame_count
     bottom += [layer for layer in encoder.layers if isinstance(layer, keras.layers.InputLayer)]

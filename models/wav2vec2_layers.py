@@ -73,6 +73,17 @@ def at_least(length, shortest: int):
 
 
 @keras.saving.register_keras_serializable("graft")
+class RealFrames(keras.layers.Layer):
+    """States [batch, frames, d] with zeros where the frame mask says padding, which tells a head where a clip ends."""
+
+    def call(self, states, frame_mask):
+        return states * ops.cast(frame_mask, states.dtype)[..., None]
+
+    def compute_output_shape(self, states_shape, frame_mask_shape=None):
+        return states_shape
+
+
+@keras.saving.register_keras_serializable("graft")
 class TimeNorm(keras.layers.Layer):
     """Group norm with a group per channel: each channel of a clip gets mean 0 and variance 1 over time.
 

@@ -12,6 +12,7 @@ COMMANDS = {  # word: (module, function, what it does)
     "image": ("pipelines.image", "main", "fine-tune an image model on your pictures and export it"),
     "text": ("pipelines.text", "main", "fine-tune a text model on your texts and export it"),
     "audio": ("pipelines.audio", "main", "fine-tune an audio model on your clips and export it"),
+    "speech": ("pipelines.speech", "main", "teach a speech model to write down what is said, and export it"),
     "resume": ("pipelines.resume", "resume_run", "go on with a run that was stopped or killed"),
     "predict": ("pipelines.batch", "predict", "label files or texts with a run's exported model"),
     "embed": ("pipelines.embed", "embed", "vectors of files or texts from a run's exported model"),

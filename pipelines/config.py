@@ -133,7 +133,7 @@ RANGES = (  # flags, what must hold, how to say it
     (("fine_tune_epochs", "image_size", "min_per_class", "seed"), lambda v: v >= 0, "0 or more"),
     (("weight_decay", "clip_norm", "mixup", "cutmix", "cache_memory"), lambda v: v >= 0, "0 or more"),
     (("window_seconds",), lambda v: 0.05 <= v <= 60, "from 0.05 to 60"),
-    (("head_learning_rate", "fine_tune_learning_rate"), lambda v: v > 0, "more than 0"),
+    (("head_learning_rate", "fine_tune_learning_rate", "longest_seconds"), lambda v: v > 0, "more than 0"),
     (("dropout", "label_smoothing", "warmup", "ema"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
     (("abstain_below_precision",), lambda v: 0 <= v < 1, "0 or more and less than 1"),
     (("sequence_length",), lambda v: v >= 4, "4 or more"),

@@ -119,7 +119,13 @@ def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def targets_of(table: pa.Table, class_count: int) -> np.ndarray:
-    """The labels of a table as [n, classes] float32: 1 for each class that an example has, else 0."""
+    """The labels of a table as [n, classes] float32: 1 for each class that an example has, else 0.
+
+    Of transcripts their characters [n, longest] float32, numbers in a vocabulary, -1 behind the end.
+    """
+    if "characters" in table.column_names:
+        characters = table["characters"].combine_chunks()
+        return characters.flatten().to_numpy().reshape(table.num_rows, -1).astype(np.float32)
     targets = np.zeros((table.num_rows, class_count), np.float32)
     labels = table["label"].combine_chunks()
     if pa.types.is_list(labels.type):

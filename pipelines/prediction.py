@@ -33,15 +33,18 @@ def predictor(model: Classifier, strategy, load, batch_size: int):
     return feed_predictor(model, lambda table: dataset(table, load, **common), strategy)
 
 
-def feed_predictor(forward, batches_of, strategy):
-    """As `predictor`, from `forward` and `batches` of a `pipelines.feeds.Feed`; with a progress bar."""
+def feed_predictor(forward, batches_of, strategy, outputs=lambda targets, logits: logits):
+    """As `predictor`, from `forward` and `batches` of a `pipelines.feeds.Feed`; with a progress bar.
+
+    outputs: as of `pipelines.steps.make_predict_step`.
+    """
     steps = {}  # by the shapes of the batches: those of the test set may be others than those of the validation set
 
     def logits_of(table) -> np.ndarray:
         batches = batches_of(table)
         spec = distributed(strategy, batches).element_spec
         if repr(spec) not in steps:
-            steps[repr(spec)] = make_predict_step(forward, strategy, spec)
+            steps[repr(spec)] = make_predict_step(forward, strategy, spec, outputs)
         with progress_bar() as bar:
             task = bar.add_task("evaluating", total=len(batches), note="")
             return predict_logits(steps[repr(spec)], strategy, batches, table.num_rows, lambda: bar.advance(task))

@@ -6,6 +6,8 @@ Everything here is a tf.function under a strategy or part of one; `pipelines.tra
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
@@ -43,6 +45,31 @@ def mean_loss_and_accuracy(targets: np.ndarray, logits: np.ndarray, multi_label:
     """
     losses = cross_entropy(targets.astype(np.float64), logits.astype(np.float64), multi_label)
     return float(tf.reduce_mean(losses)), float(tf.reduce_mean(share_correct(targets, logits, multi_label)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a model is trained for; targets are as `pipelines.data.targets_of` makes them."""
+
+    losses: Callable  # (targets, logits, label smoothing) -> [b] float32
+    right: Callable  # (targets, logits) -> [b] float32, 0 to 1: how much of each example is right
+    outputs: Callable  # (targets, logits) -> [b, k] float32: what is kept of each example in evaluation
+    figures: Callable  # (targets, outputs, numpy) -> mean loss and share of what is right, of a whole table
+    shares: Callable  # (targets, outputs, numpy) -> [n]: `right`, of outputs
+
+
+def objective_of(model: Classifier) -> Objective:
+    """A model's own objective, where it has one; else that of classes, whose outputs are the logits."""
+    own = getattr(model, "objective", None)
+    if own is not None:
+        return own
+    return Objective(
+        losses=lambda targets, logits, smoothing: cross_entropy(targets, logits, model.multi_label, smoothing),
+        right=lambda targets, logits: share_correct(targets, logits, model.multi_label),
+        outputs=lambda targets, logits: logits,
+        figures=lambda targets, logits: mean_loss_and_accuracy(targets, logits, model.multi_label),
+        shares=lambda targets, logits: share_correct(targets, logits, model.multi_label).numpy(),
+    )
 
 
 class MovingAverage:
@@ -106,14 +133,14 @@ def make_train_step(
         batch_spec: `element_spec` of the distributed batches; where lengths differ, one graph then serves them all.
         flags: a tf.Variable [m] of this worker, whose sum over all replicas is added to what is returned: [4 + m].
     """
-    forward = forward or model
+    forward, objective = forward or model, objective_of(model)
     parts_of_batch = accumulation_steps * strategy.num_replicas_in_sync
 
     def gradients_of(inputs, targets, weights, rows, total):
         scale = loss_scale.scale if loss_scale else 1.0
         with tf.GradientTape() as tape:
             logits = forward(inputs, training=True)
-            losses = cross_entropy(targets, logits, model.multi_label, label_smoothing) * weights
+            losses = objective.losses(targets, logits, label_smoothing) * weights
             loss = tf.math.divide_no_nan(tf.reduce_sum(losses), total)
             own_loss = tf.add_n([tf.cast(own, tf.float32) for own in model.losses] or [0.0]) / parts_of_batch
             scaled_loss = (loss + own_loss) * scale
@@ -122,7 +149,7 @@ def make_train_step(
         if loss_scale:
             gradients = [tf.math.scalar_mul(1.0 / scale, gradient) for gradient in gradients]
         real = tf.cast(rows >= 0, tf.float32)
-        correct = share_correct(targets, logits, model.multi_label) * real
+        correct = objective.right(targets, logits) * real
         sums = [tf.reduce_sum(values) for values in (losses, weights, correct, real)]
         sums[0] += own_loss * total
         return gradients, tf.stack(sums)
@@ -217,11 +244,17 @@ def gathered(strategy, value) -> np.ndarray:
     return np.concatenate([part.numpy() for part in strategy.experimental_local_results(value)])
 
 
-def make_predict_step(forward, strategy, batch_spec=None):
-    """A tf.function: distributed batch -> per-replica (logits [b, classes], rows [b]); forward as in training."""
+def make_predict_step(forward, strategy, batch_spec=None, outputs=lambda targets, logits: logits):
+    """A tf.function: distributed batch -> per-replica (outputs [b, k], rows [b]); forward as in training.
+
+    outputs: of an `Objective`, what is kept of the logits; all of them where it is not given.
+    """
+
+    def on_replica(inputs, targets, weights, rows):
+        return outputs(targets, forward(inputs, training=False)), rows
 
     @tf.function(autograph=False, input_signature=[batch_spec] if batch_spec else None)
     def predict_step(batch):
-        return strategy.run(lambda inputs, targets, weights, rows: (forward(inputs, training=False), rows), args=batch)
+        return strategy.run(on_replica, args=batch)
 
     return predict_step

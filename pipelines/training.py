@@ -31,7 +31,7 @@ from pipelines.guards import ForgettingGuard
 from pipelines.head_solver import ROWS_AT_ONCE, solve_head
 from pipelines.prediction import feed_predictor, predict_logits
 from pipelines.recovery import Diverged, Progress, Recovery, put_back
-from pipelines.steps import make_predict_step, mean_loss_and_accuracy, share_correct
+from pipelines.steps import make_predict_step, objective_of, share_correct
 from pipelines.weight_average import average_kept
 
 
@@ -96,7 +96,8 @@ def fit_phase(
     steps = len(feed.train_batches(0, first_epoch))
     val_targets = targets_of(val, model.head.units)
     spec = distributed(strategy, feed.batches(val)).element_spec
-    predict_step = make_predict_step(feed.forward, strategy, spec)
+    objective = objective_of(model)
+    predict_step = make_predict_step(feed.forward, strategy, spec, objective.outputs)
     before, moving = freezing.checksums(model), freezing.moving_weights(model)
 
     def prepare(state) -> tuple[Updates, Progress]:
@@ -125,7 +126,7 @@ def fit_phase(
                     train_epoch(updates, batches, observers, progress, recovery, steps, number * steps, model)
                     with updates.validating():
                         logits = predict_logits(predict_step, strategy, feed.batches(val), val.num_rows)
-                        figures = mean_loss_and_accuracy(val_targets, logits, model.multi_label)
+                        figures = objective.figures(val_targets, logits)
                     val_loss, val_accuracy = chief_says(strategy, figures)
                     if not math.isfinite(val_loss):
                         raise Diverged(val_loss)
@@ -139,7 +140,7 @@ def fit_phase(
                         is_best = val_loss < progress.best_val_loss and not forgot
                         if is_best:
                             on_best(model)
-                        right = share_correct(val_targets, logits, model.multi_label).numpy()
+                        right = objective.shares(val_targets, logits)
                         progress.book(val_loss, right, [weight.numpy() for weight in moving] if is_best else None)
                     row = {"loss": progress.mean_loss, "accuracy": progress.accuracy}
                     row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
