@@ -13,7 +13,7 @@ help:
 	@echo "make demo              train on photographs' tiles with real ImageNet weights, export, ask the export"
 	@echo "make test              lint and all tests (under 25 minutes on two cores)"
 	@echo "make quick             lint and the quick tests (under 5 minutes)"
-	@echo "make acceptance OF=images   the full-size checks; writes tests/acceptance/images.md (also OF=sources, cache, text, serving, guards, audio, scale, beam)"
+	@echo "make acceptance OF=images   the full-size checks; writes tests/acceptance/images.md (also OF=sources, cache, text, serving, guards, audio, speech, scale, beam)"
 
 # One line each, so that a failing install stops here and the next `make` goes on from it.
 $(READY): setup.cfg constraints.txt
