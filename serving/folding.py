@@ -55,11 +55,12 @@ def fold_weights(network: Callable, inputs: list[tf.TensorSpec], examples: list,
     try:
         constant = convert_variables_to_constants_v2(concrete, lower_control_flow=False)
         folded = merged_function(constant)
+        with tf.device("/CPU:0"):  # a GPU may round to 10 bits of the mantissa (TF32)
+            found = folded(*examples)
     except Exception as error:  # of many kinds: a graph from elsewhere may hold anything, and variables serve as well
         return network, as_variables(weights, f"{type(error).__name__}: {error}")
-    # A GPU may round to 10 bits of the mantissa (TF32).
     with tf.device("/CPU:0"):
-        difference = largest_difference(folded(*examples), concrete(*examples))
+        difference = largest_difference(found, concrete(*examples))
     if not difference <= FOLDED_TOLERANCE:
         return network, as_variables(weights, f"constants change the answers by {difference:.2g}")
     return folded, {"kept_as": "constants", "bytes": size, "largest_difference": difference}

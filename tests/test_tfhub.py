@@ -146,7 +146,8 @@ def sentences():
         return pa.table(columns)
 
     names = ["red", "green", "blue"]
-    return types.SimpleNamespace(train=table(24), val=table(9), test=table(9), class_names=names, white_level=255)
+    tables = {"train": table(24), "val": table(9), "test": table(9)}
+    return types.SimpleNamespace(**tables, class_names=names, white_level=255, fingerprint="texts")
 
 
 def train(handle, splits, strategy=None, **options):
