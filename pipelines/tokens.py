@@ -35,7 +35,7 @@ def token_parts(
         (texts,) = texts_of(table)
         return [(np.arange(len(texts)), [np.array([text.encode() for text in texts], object)])]
     tokens, segments = [], []
-    run = traced(tokenize, preprocess)
+    run = traced(tokenize, preprocess, "text_b" in table.column_names)
     for texts in batches_of(table):
         some, their_segments = run(*texts)
         tokens.append(some)
@@ -63,7 +63,7 @@ def truncation_warning(splits, preprocess: TextPreprocess | None) -> list[str]:
     """What to tell the user of texts that are longer than `preprocess.sequence_length`: one sentence, or none."""
     if preprocess is None:
         return []
-    count = traced(token_counts, preprocess)
+    count = traced(token_counts, preprocess, "text_b" in splits.train.column_names)
     counts = np.concatenate([count(*texts).numpy() for table in splits for texts in batches_of(table)])
     longer = counts > preprocess.sequence_length
     if not longer.any():
@@ -74,11 +74,12 @@ def truncation_warning(splits, preprocess: TextPreprocess | None) -> list[str]:
     ]
 
 
-@functools.lru_cache(maxsize=4)  # tracing takes longer than the tokens of a small set
-def traced(function, preprocess: TextPreprocess):
-    """`function(texts, preprocess, second)` of models/text_inputs.py as a graph, which takes one text or a pair."""
+@functools.lru_cache(maxsize=8)  # tracing takes longer than the tokens of a small set
+def traced(function, preprocess: TextPreprocess, pairs: bool):
+    """`function(texts, preprocess, second)` of models/text_inputs.py as a graph, of one text or of `pairs`."""
+    texts = [tf.TensorSpec([None], tf.string)] * (1 + pairs)
     return tf.function(
-        lambda *texts: function(texts[0], preprocess, *texts[1:]), reduce_retracing=True, autograph=False
+        lambda *texts: function(texts[0], preprocess, *texts[1:]), input_signature=texts, autograph=False
     )
 
 

@@ -58,7 +58,7 @@ def test_every_command_has_help(word):
 
 def test_unknown_words_and_flags_suggest(capsys):
     assert main(["imagine"]) == 2
-    assert "unknown command 'imagine'; there are image, text, audio, resume, predict" in capsys.readouterr().err
+    assert "unknown command 'imagine'; there are image, text, audio, speech" in capsys.readouterr().err
     done = graft("image", "--head-epohs", "3")
     assert done.returncode == 2 and "--head-epochs" in done.stdout + done.stderr
 
