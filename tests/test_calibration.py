@@ -69,9 +69,10 @@ def test_sure_answers_have_the_precision_asked_for():
         top, right = calibration.top_and_right(labels, 1.5 * logits)
         threshold = calibration.unsure_threshold(top[:400], right[:400], 0.8)
         figures = calibration.sure_figures(top[400:], right[400:], threshold)
-        precisions.append(figures["interval"][1])
         coverages.append(figures["coverage"])
-    assert np.mean(np.array(precisions) >= 0.8) >= 0.85
+        if figures["sure"]:  # where nothing can be called sure on validation, nothing is promised
+            precisions.append(figures["interval"][1])
+    assert len(precisions) >= 15 and np.mean(np.array(precisions) >= 0.8) >= 0.85
     assert np.mean(coverages) > 0.3
 
 
