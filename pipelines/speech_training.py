@@ -98,7 +98,7 @@ def fit_speech(
         if on_start:
             on_start(name, freezing.trainable_table(model, rate, optimizers.block_multipliers(model)))
         save = (lambda model: on_best(name, model)) if on_best else lambda model: None
-        feed = feeds.fine_tune(cut)
+        feed = feeds.fine_tune(cut, config.fine_tune)
         phase = fit_phase(
             model,
             name,
