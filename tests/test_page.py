@@ -289,6 +289,8 @@ def test_on_a_phone_in_both_schemes(browser, port, tmp_path, scheme, name):
 
 def test_with_the_keyboard_only(browser, port):
     with opened(browser, port) as page:
+        # Listened for all the time: switched on only as a key is pressed, it can come too late on a busy machine.
+        page.on("filechooser", lambda _: None)
         page.keyboard.press("Tab")
         assert page.evaluate("document.activeElement.id") == "model"
         page.keyboard.press("Tab")
