@@ -231,6 +231,19 @@ def test_a_phase_stopped_before_its_first_epoch_is_listed(tmp_path):
     assert "Fine-tuning" in page_of(tmp_path, make_facts(phases=[phase("head", 3), stopped])).text
 
 
+def test_batch_norm_has_columns_only_where_it_trains(tmp_path):
+    """Frozen everywhere is one sentence, and a model without any says nothing of it: the table fits the page."""
+    phases = [phase("head", 3), phase("fine_tune", 2)]
+    text = page_of(tmp_path, make_facts(phases=phases)).text
+    assert "BatchNorm layers stayed frozen everywhere" in text and "Learning rate BatchNorm" not in text
+    phases[1]["blocks"][5]["batch_norm"] = "trains"
+    text = page_of(tmp_path, make_facts(phases=phases)).text
+    assert "stayed frozen everywhere" not in text and text.count("Learning rate BatchNorm") == 2
+    for block in phases[0]["blocks"] + phases[1]["blocks"]:
+        block["batch_norm"] = "none"
+    assert "BatchNorm" not in page_of(tmp_path, make_facts(phases=phases)).text
+
+
 def test_the_same_facts_give_the_same_page(tmp_path):
     facts = make_facts()
     assert write_report(tmp_path, facts).read_bytes() == write_report(tmp_path, facts).read_bytes()
