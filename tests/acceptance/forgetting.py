@@ -2,8 +2,9 @@
 
     make acceptance OF=forgetting             or: python -m tests.acceptance.forgetting [too_high averaged]
 
-About 15 minutes on two cores. IMAGE_SIZE=96 in the environment makes pictures smaller, and takes 5; DEPTHS=full
-leaves the climb out. (With two thawed blocks alone CKA falls to 0.63: what lies below them is still what it was.)
+About 20 minutes on two cores. IMAGE_SIZE=96 in the environment makes pictures smaller, and takes 7; DEPTHS=full
+leaves the climb out. Gradients are clipped and the lower blocks learn more slowly, so that even at such a rate linear
+CKA does not go to 0: what collapses is told by the same run at the default rate, beside it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 from pipelines.options import FineTuneOptions
 from tests.acceptance.tools import graft, run_checks
 
-LIMIT = 0.5
+LIMIT = 0.8
 TOO_HIGH = 100 * FineTuneOptions().fine_tune_learning_rate
 HALF_A_POINT = 0.005
 
@@ -27,13 +28,23 @@ def run(folder, name: str, *words) -> tuple[dict, str]:
     return json.loads((folder / name / "metrics.json").read_text()), done.stdout
 
 
+def lowest_cka(figures: dict) -> float:
+    return min(row["cka"] for phase in figures["phases"][1:] for row in phase["history"])
+
+
 def too_high(folder):
     """CKA collapses, the limit stops the run, and what is exported is within half a point of the best rung."""
     words = ["--fine-tune-learning-rate", TOO_HIGH]
     for depth in os.environ.get("DEPTHS", "full,auto").split(","):
+        usual, _ = run(folder, f"usual-{depth}", "--depth", depth)
         free, _ = run(folder, f"free-{depth}", "--depth", depth, *words)
-        lowest = min(row["cka"] for phase in free["phases"][1:] for row in phase["history"])
-        yield f"--depth {depth}: lowest CKA without a limit", f"{lowest:.2f}", f"below {LIMIT}", lowest < LIMIT
+        kept, lowest = lowest_cka(usual), lowest_cka(free)
+        yield (
+            f"--depth {depth}, no limit: lowest CKA at the default rate, and at 100 times as much",
+            f"{kept:.2f}, {lowest:.2f}",
+            f"above and below {LIMIT}",
+            lowest < LIMIT < kept,
+        )
         held, printed = run(folder, f"held-{depth}", "--depth", depth, *words, "--forgetting-limit", LIMIT)
         stopped = [phase for phase in held["phases"] if phase.get("forgot")]
         verdict = any("was stopped in epoch" in said for said in held["verdicts"])
