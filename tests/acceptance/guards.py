@@ -335,12 +335,12 @@ def cost(folder):
     for words in (["image", "--data", "textures", *size, "--depth", "2"], ["text", "--data", "topics", "--depth", "2"]):
         rows = guards_cost.compare(int(os.environ.get("COST_RUNS", 3)), words)
         cpu, wall = guards_cost.extra(rows, "cpu"), guards_cost.extra(rows, "wall")
-        seconds = [np.median([row["cpu"] for row in rows[side]]) for side in guards_cost.SIDES]
+        seconds = [np.median([row["wall"] for row in rows[side]]) for side in guards_cost.SIDES]
         yield (
             f"7. graft {' '.join(words)}: guards that are always on, on top of the run without them",
-            f"{cpu:.0%} ({seconds[0]:.0f} and {seconds[1]:.0f} CPU seconds; of wall-clock time {wall:.0%})",
+            f"{wall:.0%} ({seconds[0]:.0f} and {seconds[1]:.0f} s; of CPU seconds {cpu:.0%})",
             "< 25%",
-            cpu < 0.25,
+            wall < 0.25,
         )
 
 
