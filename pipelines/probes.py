@@ -203,7 +203,7 @@ def targets_from(labels) -> np.ndarray:
 def fold_numbers(labels, folds: int = FOLDS, seed: int = 0, groups=None) -> np.ndarray:
     """The fold [n] of each example, 0 to `folds` - 1: each class spread evenly, each group in one fold.
 
-    Of several labels an example counts for its rarest.
+    Of several labels an example counts for its rarest. Fewer groups make fewer folds; a single one is taken apart.
     """
     from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 
@@ -212,7 +212,9 @@ def fold_numbers(labels, folds: int = FOLDS, seed: int = 0, groups=None) -> np.n
         rarity = np.where(labels > 0, labels.sum(axis=0), np.inf)
         labels = np.where(labels.any(axis=1), rarity.argmin(axis=1), -1)
     folds = int(max(2, min(folds, np.unique(labels, return_counts=True)[1].max())))
-    grouped = groups is not None and len(np.unique(np.asarray(groups))) < len(labels)
+    group_count = len(labels) if groups is None else len(np.unique(np.asarray(groups)))
+    grouped = 1 < group_count < len(labels)
+    folds = min(folds, group_count) if grouped else folds
     maker = (StratifiedGroupKFold if grouped else StratifiedKFold)(folds, shuffle=True, random_state=seed)
     fold_of = np.zeros(len(labels), int)
     with warnings.catch_warnings():

@@ -12,7 +12,7 @@ import soundfile
 import tensorflow as tf
 
 from models import GraftError
-from models.offline_sounds import wav_bytes
+from models.offline_sounds import sound_data_file, wav_bytes
 from pipelines import audio, runs
 from pipelines.__main__ import main
 from pipelines.batch import read_details
@@ -216,13 +216,24 @@ def test_long_clips_several_labels_and_every_augmentation(whisper, tmp_path):
 
 @pytest.mark.slow
 def test_spoken_words_with_whisper(tmp_path):
-    """The real thing, head only: unseen voices, better than log-mel."""
-    out = audio.run(parse_config(["--depth", "head", "--out", str(tmp_path / "run")], AudioConfig, "graft audio"))
-    metrics = metrics_of(out)
-    assert metrics["examples"] == {"train": 960, "val": 160, "test": 360, "skipped": 0}
+    """The real thing, head only, with the first three of its training voices: unseen voices, better than log-mel.
+
+    All voices: `make acceptance OF=audio`.
+    """
+    manifest = sound_data_file("spoken_words")
+    rows = list(csv.DictReader(manifest.open()))
+    voices = {split: sorted({row["group"] for row in rows if row["split"] == split}) for split in ("train", "val")}
+    kept = {*voices["train"][::4], *voices["val"][:2], "en-US-nyc+paul", "en-GB-scotland+belinda"}
+    with (tmp_path / "words.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows({**row, "path": manifest.parent / row["path"]} for row in rows if row["group"] in kept)
+    words = ["--data", tmp_path / "words.csv", "--depth", "head", "--out", tmp_path / "run"]
+    metrics = metrics_of(audio.run(parse_config([str(word) for word in words], AudioConfig, "graft audio")))
+    assert metrics["examples"] == {"train": 240, "val": 80, "test": 120, "skipped": 0}
     simple, segments = (row["accuracy"] for row in metrics["baselines"])
-    assert metrics["test"]["accuracy"] >= 0.95
-    assert metrics["test"]["accuracy"] >= max(simple + 0.15, segments + 0.04)
+    assert metrics["test"]["accuracy"] >= 0.9
+    assert metrics["test"]["accuracy"] >= max(simple + 0.15, segments + 0.05)
 
 
 @pytest.mark.slow

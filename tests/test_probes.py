@@ -98,6 +98,15 @@ def test_every_fold_has_its_share_of_every_class_and_whole_groups():
     assert all(len(folds) == 1 for folds in folds_of_groups)
 
 
+def test_fewer_groups_than_folds():
+    """Three voices make three folds; what is all of one group is taken apart, as nothing else could be held out."""
+    labels, groups = np.tile([0, 1], 30), np.repeat([0, 1, 2], 20)
+    fold_of = fold_numbers(labels, 5, groups=groups)
+    assert sorted(set(fold_of)) == [0, 1, 2]
+    assert all(len(set(fold_of[groups == group])) == 1 for group in range(3))
+    assert sorted(set(fold_numbers(labels, 5, groups=np.zeros(60)))) == [0, 1, 2, 3, 4]
+
+
 # ---------------------------------------------------------------- LogME
 
 
