@@ -9,8 +9,8 @@ from models import GraftError
 from pipelines import runs
 from pipelines.batch import BATCH, print_failed, read_details, what_to_ask
 from pipelines.batch_options import JobOptions, ModelInputs, parse
+from pipelines.common_options import flat
 from pipelines.console import console, progress_bar
-from pipelines.options import flat
 
 
 @dataclasses.dataclass

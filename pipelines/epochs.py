@@ -42,7 +42,7 @@ def make_updates(
 
     Args:
         moving: the weights that training may change, as `models.freezing.moving_weights` gives them.
-        options: `pipelines.options.TrainingOptions`.
+        options: `pipelines.common_options.TrainingOptions`.
         spec: as `batch_spec` of `make_train_step`.
     """
     schedule = learning_rate

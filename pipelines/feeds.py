@@ -111,7 +111,7 @@ class Feeds:
     def fine_tune(self, cut: int, options) -> Feed:
         """Phase 2, on the tensors that cross the cut below block number `cut`.
 
-        options: `pipelines.options.FineTuneOptions` or its like.
+        options: `pipelines.image_options.FineTuneOptions` or its like.
         """
         changes, mixing = (options.augmentation, options.random_erasing), (options.mixup, options.cutmix)
         plain = None

@@ -161,7 +161,7 @@ def far_options(options, far: bool):
     the user chose stays, and all else with it.
 
     Args:
-        options: `pipelines.options.FineTuneOptions` or its like.
+        options: `pipelines.image_options.FineTuneOptions` or its like.
     """
     usual = type(options)()
     if not far or options.fine_tune_learning_rate != usual.fine_tune_learning_rate:

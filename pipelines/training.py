@@ -73,7 +73,7 @@ def fit_phase(
     Args:
         name: "head" or "fine_tune"; "light" or "full" under --depth auto.
         feed: what to train on; train, val: tables of the training and the validation set.
-        options: `pipelines.config.TrainingOptions`.
+        options: `pipelines.common_options.TrainingOptions`.
         on_best: called with the model whenever validation has improved, to save it.
         first_epoch: epochs of earlier phases: data order and logs go on from there.
         epochs_aside: of phases that this one does not go on from: only the logs go on from there.
@@ -234,7 +234,7 @@ def fit_head_by_lbfgs(
 def head_fit(model: Classifier, feed: Feed, options, strategy, **more) -> tuple[float, Callable]:
     """How phase 1 is trained: its learning rate (0 by L-BFGS, which has none), and `fit_phase` or its like.
 
-    options: `pipelines.options.HeadOptions`; more: arguments of `fit_phase`.
+    options: `pipelines.common_options.HeadOptions`; more: arguments of `fit_phase`.
     """
     at_hand = summed(strategy, np.float64([feed.features is not None]))[0] == shard_of(strategy)[1]  # for every worker
     if at_hand and options.head_solver == "auto":
@@ -292,7 +292,7 @@ def fit_two_phase(
     Args:
         loader: augmentation name -> `load` function for `pipelines.data.dataset`; also called with
             `random_erasing=probability` where that is asked for.
-        config: `pipelines.config.ImageConfig` or its like.
+        config: `pipelines.options.ImageConfig` or its like.
         on_start: (name, trainable table), before each phase.
         on_best: (name, model), whenever validation has improved.
         read_inputs: of data without a loader: examples -> a list of (rows, arrays [n, ...] that the model takes),
