@@ -201,6 +201,14 @@ def fit_from(start: list[tuple], fit: Callable, **arguments) -> dict:
     return phase
 
 
+def after(phases: list[dict]) -> dict:
+    """What `fit_phase` is told of the phases before the next one: where order and logs go on, what must be beaten."""
+    # The order of the data is that of a run of this phase alone: full gives what --depth full would have given.
+    first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
+    aside = sum(phase["epochs"] for phase in phases[1:])
+    return {"first_epoch": first_epoch, "epochs_aside": aside, "best_val_loss": best_phase(phases)["val_loss"]}
+
+
 def best_phase(phases: list[dict]) -> dict:
     """The phase whose weights the model has: the last one that was better than all before it."""
     return [phase for phase in phases if phase["kept"]][-1]

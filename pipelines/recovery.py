@@ -92,6 +92,12 @@ class Progress:
         self.history.append(row)
         self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0] * 4
 
+    def outcome(self) -> dict:
+        """What became of the phase, for its dict."""
+        rollbacks = {"rollbacks": self.rollbacks} if self.rollbacks else {}
+        kept = {"kept": self.best_epoch > 0, "val_loss": self.best_val_loss}
+        return {**rollbacks, **kept, "right": self.right, "forgot": self.forgot}
+
     @property
     def mean_loss(self) -> float:
         return self.sums[0] / self.sums[1]

@@ -13,25 +13,25 @@ import math
 import time
 from collections.abc import Callable
 
-import keras
 import numpy as np
 
 from models import GraftError, freezing
 from models import optimizer as optimizers
 from models.classifier import Classifier
-from models.precision import set_precision
+from models.precision import computing_in
 from pipelines import ladder, stopping
+from pipelines.callbacks import observed
 from pipelines.config import budget_seconds, depth_blocks
 from pipelines.console import console
 from pipelines.data import Splits, targets_of
 from pipelines.distribute import chief_says, distributed, from_chief, is_chief, shard_of, summed
-from pipelines.epochs import Updates, make_updates, train_epoch
+from pipelines.epochs import Updates, make_updates, train_epoch, validator
 from pipelines.feeds import Feed, Feeds
 from pipelines.guards import ForgettingGuard
 from pipelines.head_solver import ROWS_AT_ONCE, solve_head
-from pipelines.prediction import feed_predictor, predict_logits
+from pipelines.prediction import feed_predictor
 from pipelines.recovery import Diverged, Progress, Recovery, put_back
-from pipelines.steps import make_predict_step, objective_of, share_correct
+from pipelines.steps import share_correct
 from pipelines.weight_average import average_kept
 
 
@@ -94,10 +94,8 @@ def fit_phase(
     if not recovery.name:
         recovery.begin(name)
     steps = len(feed.train_batches(0, first_epoch))
-    val_targets = targets_of(val, model.head.units)
     spec = distributed(strategy, feed.batches(val)).element_spec
-    objective = objective_of(model)
-    predict_step = make_predict_step(feed.forward, strategy, spec, objective.outputs)
+    validate = validator(model, feed, val, strategy, spec)
     before, moving = freezing.checksums(model), freezing.moving_weights(model)
 
     def prepare(state) -> tuple[Updates, Progress]:
@@ -111,60 +109,48 @@ def fit_phase(
         return updates, progress
 
     updates, progress = prepare(recovery.newest_state())
-    model.stop_training = False
-    done = (progress.epoch, progress.step)
-    observers = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=epochs, steps=steps, done=done)
-    observers.on_train_begin()
-    set_precision(model, options.precision)
-    try:
-        with recovery.saved_when_stopped():
-            while progress.epoch < epochs and not progress.ended:
-                epoch_started, number = time.perf_counter(), first_epoch + progress.epoch
-                observers.on_epoch_begin(epochs_aside + number)
-                try:
-                    batches = distributed(strategy, feed.train_batches(progress.epoch, number, progress.step))
-                    train_epoch(updates, batches, observers, progress, recovery, steps, number * steps, model)
-                    with updates.validating():
-                        logits = predict_logits(predict_step, strategy, feed.batches(val), val.num_rows)
-                        figures = objective.figures(val_targets, logits)
-                    val_loss, val_accuracy = chief_says(strategy, figures)
-                    if not math.isfinite(val_loss):
-                        raise Diverged(val_loss)
-                except Diverged as diverged:
-                    updates, progress = prepare(recovery.go_back(diverged.loss, learning_rate))
-                    continue
-                with stopping.held():
-                    with updates.validating():
-                        drift, forgot = guard() if guard else ({}, False)
-                        (forgot,) = map(bool, chief_says(strategy, [forgot]))
-                        is_best = val_loss < progress.best_val_loss and not forgot
-                        if is_best:
-                            on_best(model)
-                        right = objective.shares(val_targets, logits)
-                        progress.book(val_loss, right, [weight.numpy() for weight in moving] if is_best else None)
-                    row = {"loss": progress.mean_loss, "accuracy": progress.accuracy}
-                    row |= {"val_loss": val_loss, "val_accuracy": val_accuracy}
-                    row["learning_rate"] = float(keras.ops.convert_to_numpy(updates.optimizer.learning_rate))
-                    seconds = {"seconds": time.perf_counter() - epoch_started}
-                    progress.end_epoch({"epoch": epochs_aside + number + 1, **row, **drift, **seconds})
-                    shown = row | {key: drift[key] for key in drift if key != "weight_distance"}
-                    observers.on_epoch_end(epochs_aside + number, shown)
-                    late = time.perf_counter() + recovery.spent_s > deadline
-                    ended = forgot or late or model.stop_training or has_enough(progress, options)
-                    progress.forgot, progress.ended = map(bool, chief_says(strategy, [forgot, ended]))
-                    recovery.save()
-    finally:  # after Ctrl-C too: the progress bar gives the terminal back
-        set_precision(model, "float32")
-        observers.on_train_end()
+    observing = observed(model, callbacks, epochs, steps, done=(progress.epoch, progress.step))
+    with observing as observers, computing_in(model, options.precision), recovery.saved_when_stopped():
+        while progress.epoch < epochs and not progress.ended:
+            epoch_started, number = time.perf_counter(), first_epoch + progress.epoch
+            observers.on_epoch_begin(epochs_aside + number)
+            try:
+                batches = distributed(strategy, feed.train_batches(progress.epoch, number, progress.step))
+                train_epoch(updates, batches, observers, progress, recovery, steps, number * steps, model)
+                val_loss, val_accuracy, right = validate(updates)
+            except Diverged as diverged:
+                updates, progress = prepare(recovery.go_back(diverged.loss, learning_rate))
+                continue
+            with stopping.held():
+                with updates.validating():
+                    drift, forgot = look_back(guard, strategy)
+                    is_best = val_loss < progress.best_val_loss and not forgot
+                    if is_best:
+                        on_best(model)
+                    progress.book(val_loss, right, [weight.numpy() for weight in moving] if is_best else None)
+                row = {"loss": progress.mean_loss, "accuracy": progress.accuracy}
+                row |= {"val_loss": val_loss, "val_accuracy": val_accuracy, "learning_rate": updates.learning_rate}
+                seconds = {"seconds": time.perf_counter() - epoch_started}
+                progress.end_epoch({"epoch": epochs_aside + number + 1, **row, **drift, **seconds})
+                shown = row | {key: drift[key] for key in drift if key != "weight_distance"}
+                observers.on_epoch_end(epochs_aside + number, shown)
+                late = time.perf_counter() + recovery.spent_s > deadline
+                ended = forgot or late or model.stop_training or has_enough(progress, options)
+                progress.forgot, progress.ended = map(bool, chief_says(strategy, [forgot, ended]))
+                recovery.save()
 
     moved = freezing.check_moved(model, before)
     for weight, value in zip(moving, progress.best_weights):
         weight.assign(value)
     started -= recovery.spent_s
     facts = phase_facts(model, name, started, learning_rate, moved, progress.history, progress.best_epoch)
-    facts |= {"rollbacks": progress.rollbacks} if progress.rollbacks else {}
-    facts |= {"kept": progress.best_epoch > 0, "val_loss": progress.best_val_loss}
-    return {**facts, "right": progress.right, "forgot": progress.forgot}
+    return facts | progress.outcome()
+
+
+def look_back(guard, strategy) -> tuple[dict, bool]:
+    """What a guard says of the features now, and whether they are beyond its limit; nothing without one."""
+    drift, forgot = guard() if guard else ({}, False)
+    return drift, bool(*chief_says(strategy, [forgot]))
 
 
 def has_enough(progress: Progress, options) -> bool:
@@ -327,15 +313,8 @@ def fit_two_phase(
         if on_start:
             on_start(name, freezing.trainable_table(model, rate, optimizers.block_multipliers(model)))
         save = (lambda model: on_best(name, model)) if on_best else lambda model: None
-        recovery.begin(name)
-        weights = freezing.moving_weights(model)
-        phase = recovery.ended_phase(weights)
-        anew = phase is None
-        if anew:
-            phase = fit(feed=feed, train=train, val=splits.val, options=options, on_best=save)
-        seconds = clock.stop(recovery.spent_s)
-        if anew:
-            recovery.end(phase, weights, seconds)
+        fit = functools.partial(fit, feed=feed, train=train, val=splits.val, options=options, on_best=save)
+        phase, seconds = fit_or_find(model, name, fit, recovery, clock)
         right = phase.pop("right")
         phase["climb"] = ladder.climb_facts(phase, seconds, right, best.get("right"))
         if phase["kept"]:
@@ -372,14 +351,24 @@ def fit_two_phase(
         if start is None:
             weights = freezing.moving_weights(model) if len(rungs) > 2 else model.head.weights
             start = ladder.starting_weights(weights, model.head.weights, simplest)
-        # The order of the data is that of a run of this phase alone: full gives what --depth full would have given.
-        first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
-        more = {"first_epoch": first_epoch, "epochs_aside": sum(phase["epochs"] for phase in phases[1:])}
-        more |= {"learning_rate": rate, "best_val_loss": ladder.best_phase(phases)["val_loss"], **by_steps}
         feed = feeds.fine_tune(cuts[len(phases)], tuning)
-        more |= {"epochs": epochs, "deadline": clock.deadline, "guard": guard.begin(feed), "recovery": recovery}
+        more = {"epochs": epochs, "learning_rate": rate, "deadline": clock.deadline, "guard": guard.begin(feed)}
+        more |= {"recovery": recovery, **ladder.after(phases), **by_steps}
         fit = functools.partial(fit_phase, model, name, **more)
         run_phase(name, feed, rate, functools.partial(ladder.fit_from, start, fit))
     if config.guards.wise_ft:
         average_kept(guard, best["feed"], best["logits_of"], splits.val, phases, on_best)
     return phases, best["logits_of"]
+
+
+def fit_or_find(model: Classifier, name: str, fit: Callable, recovery: Recovery, clock) -> tuple[dict, float]:
+    """What a phase gives, and its seconds: trained here, or by an earlier process of this run, which has noted it."""
+    recovery.begin(name)
+    weights = freezing.moving_weights(model)
+    phase = recovery.ended_phase(weights)
+    if phase is not None:
+        return phase, clock.stop(recovery.spent_s)
+    phase = fit()
+    seconds = clock.stop(recovery.spent_s)
+    recovery.end(phase, weights, seconds)
+    return phase, seconds
