@@ -18,7 +18,8 @@ from pipelines import stopping
 from pipelines.data import targets_of
 from pipelines.distribute import chief_says, shard_of
 from pipelines.prediction import predict_logits
-from pipelines.recovery import Diverged, Progress, Recovery
+from pipelines.progress import Diverged, Progress
+from pipelines.recovery import Recovery
 from pipelines.steps import (
     MovingAverage,
     dropout_seeder,
@@ -98,7 +99,7 @@ def train_epoch(
 
     Raises:
         KeyboardInterrupt: SIGTERM or Ctrl-C, between two calls.
-        pipelines.recovery.Diverged: a loss that is no number, or far too large.
+        pipelines.progress.Diverged: a loss that is no number, or far too large.
     """
     iterator, guessing_loss = iter(batches), math.log(2 if model.multi_label else max(model.head.units, 2))
     with stopping.held():
