@@ -10,7 +10,7 @@ import numpy as np
 from models import GraftError
 from pipelines import facts, runs
 from pipelines.advice import run_advice
-from pipelines.calibration import calibrate, calibration_warnings
+from pipelines.calibration import calibrate, calibration_of_run, calibration_warnings
 from pipelines.console import console
 from pipelines.data import targets_of
 from pipelines.evaluate_multi_label import choose_thresholds
@@ -193,3 +193,15 @@ def thresholds_of_run(run_dir: pathlib.Path, logits_of) -> np.ndarray:
             f"are gone or changed. Put them back, or train again."
         )
     return thresholds_for(val, logits_of(val))
+
+
+def as_it_ended(run_dir: pathlib.Path, config, state: dict, logits_of) -> tuple:
+    """What a later export of a run takes besides its model: test examples, thresholds, calibration, contract.
+
+    state: what `pipelines.runs.start_run_folder` noted; logits_of: of a table, by the model of the run.
+    """
+    multi_label = state.get("multi_label", False)
+    samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
+    thresholds = thresholds_of_run(run_dir, logits_of) if multi_label else None
+    calibration = None if multi_label else calibration_of_run(run_dir, config, logits_of)
+    return samples, thresholds, calibration, state.get("input_contract")
