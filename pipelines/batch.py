@@ -21,7 +21,7 @@ from pipelines.batch_options import JobOptions, ModelInputs, parse
 from pipelines.batch_texts import input_names, shortened, text_rows, texts_reader
 from pipelines.common_options import flat
 from pipelines.console import console, progress_bar
-from pipelines.sounds import SOUND_SUFFIXES, wav_of
+from pipelines.sound_files import SOUND_SUFFIXES, wav_of
 from pipelines.sources import IMAGE_SUFFIXES
 
 BATCH = 32  # examples per call of the model
