@@ -251,7 +251,7 @@ class TrainingOptions:
 
 
 @dataclasses.dataclass
-class GuardOptions:
+class ForgettingOptions:
     """What watches over the run."""
 
     forgetting_limit: float = 0.0
@@ -259,6 +259,12 @@ class GuardOptions:
     stopped, and its best weights within it are kept (0: no limit; 0.5 stops what destroys a backbone)."""
     wise_ft: bool = False
     """Average the pretrained and the fine-tuned weights, in the proportion that does best on validation (WiSE-FT)."""
+
+
+@dataclasses.dataclass
+class GuardOptions(ForgettingOptions):
+    """What watches over the run."""
+
     baseline: Literal["none", "scratch"] = "none"
     """scratch: also train the same architecture from random weights, for the epochs of both phases together, and
     compare on the test set. Takes longer than the run itself."""
@@ -432,7 +438,10 @@ class SpeechModelOptions:
     """hf://USER/MODEL or a folder of Wav2Vec2 or HuBERT, XLS-R and MMS among them; after random: without its
     weights."""
     depth: str = "full"
-    """Blocks to fine-tune in phase 2: head (none), a number counted from the top, or full: all but the convolutions."""
+    """Blocks to fine-tune in phase 2: head (none), a number counted from the top, or full: all but the convolutions.
+    auto climbs from head to the top blocks (light) to full while it may pay, and keeps what does best on validation."""
+    light_blocks: int = 2
+    """Blocks that the middle rung of --depth auto thaws, counted from the top."""
     dropout: float = 0.1
     """Share of each frame's features dropped in training, 0 to 1."""
 
@@ -484,5 +493,6 @@ class SpeechConfig:
     fine_tune: flat(SpeechFineTuneOptions) = dataclasses.field(default_factory=SpeechFineTuneOptions)
     training: flat(SpeechTrainingOptions) = dataclasses.field(default_factory=SpeechTrainingOptions)
     cache: flat(CacheOptions) = dataclasses.field(default_factory=CacheOptions)
+    guards: flat(ForgettingOptions) = dataclasses.field(default_factory=ForgettingOptions)
     report: flat(ReportOptions) = dataclasses.field(default_factory=ReportOptions)
     run: flat(RunOptions) = dataclasses.field(default_factory=RunOptions)

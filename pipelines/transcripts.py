@@ -110,8 +110,9 @@ def load_transcripts(found: list[Example], rule: str, longest_seconds: float):
     width = max(len(text) for values in texts.values() for text in values)
     for name, table in tables.items():
         tables[name] = with_transcripts(table, by_row, texts[name], "".join(counts), width)
+    said = {name: table.drop_columns("label").rename_columns({"text": "label"}) for name, table in tables.items()}
     splits = Splits(
-        **tables, class_names=["speech"], fingerprint=fingerprint(tables), white_level=255, skipped=skipped,
+        **tables, class_names=["speech"], fingerprint=fingerprint(said), white_level=255, skipped=skipped,
         warnings=warnings,
     )  # fmt: skip
     return splits, counts

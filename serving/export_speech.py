@@ -13,7 +13,9 @@ from models.audio_inputs import audio_error, encoder_inputs, read_sound
 from models.backbone import AudioPreprocess
 from models.recogniser import transcripts
 from serving.answer_checks import DETAILS_FILE
+from serving.contract import sound_contract, sound_probe
 from serving.export import write_archive
+from serving.folding import MATRICES, as_variables
 
 NO_SAMPLES = "no samples: expected a sound of at least one"
 
@@ -25,7 +27,7 @@ def export_recogniser(
     longest_seconds: float = 30.0,
     normalise: str = "letters",
     details: dict | None = None,
-) -> None:
+) -> dict:
     """Write `model` (a models.recogniser.Recogniser) into `folder` as a SavedModel for WAV files.
 
     Signatures, n being unknown and rows independent of each other:
@@ -34,7 +36,8 @@ def export_recogniser(
       item with an error, a sound longer than `longest_seconds` among them, has no transcript and confidence 0.
     - `waveform`: waveform [n, samples] float32, mono, -1 to 1, at `preprocess.sample_rate_hz` -> the same.
 
-    `assets.extra/graft.json` holds `details`, the characters and the rule `normalise` that transcripts follow.
+    `assets.extra/graft.json` holds `details`, the characters and the rule `normalise` that transcripts follow. Weights
+    stay variables, as what is returned says.
     """
     longest = round(longest_seconds * preprocess.sample_rate_hz)
     too_long = f"sound is longer than {longest_seconds:g} s, the most that this model takes: cut it"
@@ -85,6 +88,12 @@ def export_recogniser(
     write_archive(folder, endpoints)
     known = {"kind": "speech", "backbone": model.backbone.name, "preprocess": dataclasses.asdict(preprocess)}
     known |= {"characters": model.characters, "normalise": normalise, "longest_seconds": longest_seconds}
+    probe = read_sound(tf.constant(sound_probe()), preprocess)[None]
+    (waveform,), (mask,) = encoder_inputs(probe, tf.ones_like(probe, tf.int32), preprocess)
+    known["input_contract"] = sound_contract(waveform, mask, preprocess.sample_rate_hz)
+    weights = as_variables([weight.value for weight in [*model.encoder.weights, *model.head.weights]], MATRICES)
+    known["weights"] = weights
     file = Path(folder) / DETAILS_FILE
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({**(details or {}), **known}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return weights
