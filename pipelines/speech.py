@@ -22,7 +22,7 @@ from pipelines.options import SpeechConfig
 from pipelines.results import publish
 from pipelines.speech_report import headline, write_speech_report
 from pipelines.transcript_scores import error_rates
-from pipelines.transcripts import find_transcripts, load_transcripts, wav_bytes_of
+from pipelines.transcripts import clip_reader, find_transcripts, load_transcripts, wav_bytes_of
 
 RUN_BYTES = 500_000_000  # free disk that a run needs: two checkpoints, export, report
 VERIFIED_EXAMPLES = 100  # most test clips whose served transcripts are compared with training's
@@ -202,13 +202,13 @@ def answers_of(model, files: list[bytes]) -> tuple[list[str], list[float]]:
     """Training's side: WAV files -> transcripts and confidences, each file for itself through the whole model."""
     import tensorflow as tf
 
-    from models.audio_inputs import encoder_inputs, read_sound
     from models.recogniser import transcripts
+
+    read = clip_reader(model.backbone.preprocess)
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
     def answer(data):
-        waveform = read_sound(data, model.backbone.preprocess)[None]
-        inputs = encoder_inputs(waveform, tf.ones_like(waveform, tf.int32), model.backbone.preprocess)
+        inputs = [tensor[None] for tensor in read(data, 0)]
         return transcripts(model(inputs, training=False), model.characters)
 
     answers = [answer(data) for data in files]

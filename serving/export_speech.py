@@ -63,14 +63,18 @@ def export_recogniser(
             "error": errors,
         }
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    def read(audio_bytes):
+        """Waveforms [n, samples], how many of the samples are their own [n], and errors [n]; traced once."""
+        with tf.device("/CPU:0"):  # reading has no GPU kernels
+            specs = (tf.RaggedTensorSpec([None], tf.float32, ragged_rank=0), tf.TensorSpec([], tf.string))
+            waveforms, errors = tf.map_fn(read_one, audio_bytes, fn_output_signature=specs)
+            return waveforms.to_tensor(), waveforms.row_lengths(), errors
+
     def serve_bytes(audio_bytes):
         count = tf.shape(audio_bytes)[0]
-        with tf.device("/CPU:0"):  # reading has no GPU kernels
-            # A row is lent where there are none: not every op of an encoder takes an empty batch.
-            rows = tf.concat([audio_bytes, tf.fill([tf.maximum(1 - count, 0)], "")], 0)
-            specs = (tf.RaggedTensorSpec([None], tf.float32, ragged_rank=0), tf.TensorSpec([], tf.string))
-            waveforms, errors = tf.map_fn(read_one, rows, fn_output_signature=specs)
-        outputs = answer(waveforms.to_tensor(), waveforms.row_lengths(), errors)
+        # A row is lent where there are none: not every op of an encoder takes an empty batch.
+        outputs = answer(*read(tf.concat([audio_bytes, tf.fill([tf.maximum(1 - count, 0)], "")], 0)))
         return {name: values[:count] for name, values in outputs.items()}
 
     def serve_waveform(waveform):
@@ -88,7 +92,7 @@ def export_recogniser(
     write_archive(folder, endpoints)
     known = {"kind": "speech", "backbone": model.backbone.name, "preprocess": dataclasses.asdict(preprocess)}
     known |= {"characters": model.characters, "normalise": normalise, "longest_seconds": longest_seconds}
-    probe = read_sound(tf.constant(sound_probe()), preprocess)[None]
+    probe, _, _ = read(tf.constant([sound_probe()]))
     (waveform,), (mask,) = encoder_inputs(probe, tf.ones_like(probe, tf.int32), preprocess)
     known["input_contract"] = sound_contract(waveform, mask, preprocess.sample_rate_hz)
     weights = as_variables([weight.value for weight in [*model.encoder.weights, *model.head.weights]], MATRICES)

@@ -23,8 +23,10 @@ from pipelines.speech_training import speech_objective, written
 from pipelines.transcript_scores import align, distance, error_rates, worst_transcripts
 from pipelines.transcripts import count_characters, find_transcripts, load_transcripts, normalised
 from serving import verify
+from serving.answer_checks import check_answers, check_transcripts
 from serving.batch_checks import made_wav
 from serving.session import Session
+from serving.static_checks import CheckFailed
 from serving.steps import STEPS
 from tests.test_recovery import without_seconds
 from tests.tiny_speech import write_transcripts, write_wav2vec2
@@ -203,14 +205,17 @@ def test_verification_of_a_recogniser(run_dir, capsys):
     assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(STEPS)
     found, expected = verify.made_samples(version)
     assert found == files and list(expected) == ["transcript", "confidence"]
-    assert verify.verify(version, files, expected)["largest_difference"] < 1e-5
-    wrong = {**expected, "transcript": ["", "abc a", ""]}
-    with pytest.raises(verify.VerificationError, match=r"item [01] of 3: the served transcript is '.*', expected '"):
-        verify.verify(version, files, wrong)
-    with pytest.raises(verify.VerificationError, match="the served confidence is .*difference 0.25, allowed 1e-05"):
-        verify.verify(version, files, {**expected, "confidence": expected["confidence"] - 0.25})
-    with pytest.raises(verify.VerificationError, match=r"outputs \['confidence', .*\], expected probabilities"):
-        verify.verify(version, files, np.zeros((3, 4)))
+    with Session(version) as session:
+        assert check_answers(session, files, expected, 1e-5, []) == (pytest.approx(0, abs=1e-5), files)
+        for wrong, message in (
+            (expected | {"transcript": ["", "abc a", ""]}, "item [01] of 3: the transcript is '.*', expected '"),
+            (expected | {"confidence": expected["confidence"] - 0.25}, "confidence is .*difference 0.25, allowed"),
+            (np.zeros((3, 4)), r"outputs \['confidence', .*\], expected probabilities"),
+        ):
+            with pytest.raises(CheckFailed, match=message):
+                check_answers(session, files, wrong, 1e-5, [])
+    with pytest.raises(CheckFailed, match="row 1: transcript b'a', confidence 1.5 and error b'' do not fit"):
+        check_transcripts("s", {"transcript": [b"", b"a"], "confidence": [0.0, 1.5], "error": [b"no sound", b""]})
 
 
 @pytest.mark.slow
@@ -277,7 +282,8 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, run_dir, tmp_
 
 @pytest.mark.slow
 def test_depth_auto_climbs_by_validation(folder, tmp_path):
-    assert run(folder, tmp_path / "run", "--depth", "auto", "--light-blocks", "1", "--wise-ft") == 0
+    more = "--depth auto --light-blocks 1 --wise-ft --head-epochs 1 --fine-tune-epochs 2"
+    assert run(folder, tmp_path / "run", *more.split()) == 0
     metrics = metrics_of(tmp_path / "run")
     names = [phase["name"] for phase in metrics["phases"]]
     assert names in (["head", "light"], ["head", "light", "full"])
