@@ -99,7 +99,7 @@ class CacheOptions:
 
 
 @dataclasses.dataclass
-class GuardOptions:
+class ForgettingOptions:
     """What watches over the run."""
 
     forgetting_limit: float = 0.0
@@ -107,6 +107,12 @@ class GuardOptions:
     stopped, and its best weights within it are kept (0: no limit; 0.5 stops what destroys a backbone)."""
     wise_ft: bool = False
     """Average the pretrained and the fine-tuned weights, in the proportion that does best on validation (WiSE-FT)."""
+
+
+@dataclasses.dataclass
+class GuardOptions(ForgettingOptions):
+    """What watches over the run."""
+
     baseline: Literal["none", "scratch"] = "none"
     """scratch: also train the same architecture from random weights, for the epochs of both phases together, and
     compare on the test set. Takes longer than the run itself."""

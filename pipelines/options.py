@@ -12,6 +12,7 @@ from typing import ClassVar
 from pipelines.audio_options import AudioCacheOptions, AudioFineTuneOptions, AudioInputOptions, AudioModelOptions
 from pipelines.common_options import (
     CacheOptions,
+    ForgettingOptions,
     GuardOptions,
     HeadOptions,
     ReportOptions,
@@ -105,5 +106,6 @@ class SpeechConfig:
     fine_tune: flat(SpeechFineTuneOptions) = dataclasses.field(default_factory=SpeechFineTuneOptions)
     training: flat(SpeechTrainingOptions) = dataclasses.field(default_factory=SpeechTrainingOptions)
     cache: flat(CacheOptions) = dataclasses.field(default_factory=CacheOptions)
+    guards: flat(ForgettingOptions) = dataclasses.field(default_factory=ForgettingOptions)
     report: flat(ReportOptions) = dataclasses.field(default_factory=ReportOptions)
     run: flat(RunOptions) = dataclasses.field(default_factory=RunOptions)

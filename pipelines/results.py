@@ -48,7 +48,7 @@ def published_before(folder: pathlib.Path, note: pathlib.Path) -> tuple[pathlib.
 
 
 def publish(
-    run_dir: pathlib.Path, write, samples: list, probabilities, otherwise=None, contract: dict | None = None
+    run_dir: pathlib.Path, write, samples: list, expected, otherwise=None, contract: dict | None = None
 ) -> tuple[pathlib.Path, dict]:
     """Export to RUN/serving/NAME/NUMBER, verified on examples before it gets its number.
 
@@ -56,7 +56,7 @@ def publish(
         write: (folder) -> what became of the weights; writes the SavedModel.
         otherwise: as `write`, used where constants change an answer too much, which noise did not show.
         samples: what the served model is asked, a list of bytes, or of pairs of bytes.
-        probabilities: [n, classes] float32, training's answers for them.
+        expected: training's answers to them, as `serving.verify.verify` takes them.
         contract: what training made of the probe of `serving.contract`; None: not known.
 
     Returns:
@@ -75,7 +75,7 @@ def publish(
         checked["weights"] = write(folder)["kept_as"]
 
     def check(temporary):
-        checked.update(verify(temporary, samples, probabilities, contract=contract))
+        checked.update(verify(temporary, samples, expected, contract=contract))
         checked["input_contract"] = contract
         if note.parent.is_dir():  # of a run that can be resumed
             runs.write_json(note, {"before": before, "checked": checked})
@@ -91,7 +91,7 @@ def publish(
             f"[yellow]Note: weights stay variables, which answer as training does, if slower. As constants they failed "
             f"verification at {why}"
         )
-        return publish(run_dir, otherwise, samples, probabilities, contract=contract)
+        return publish(run_dir, otherwise, samples, expected, contract=contract)
     return version, checked
 
 

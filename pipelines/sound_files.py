@@ -31,6 +31,7 @@ def inspect_sounds(paths: list[str], progress=lambda done: None) -> list[dict]:
         was made in the cache, else ""), frames, rate_hz, channels and peak (0 to 1, of all samples).
     """
     facts = []
+    _looker()  # traced here, or every thread would trace it
     with concurrent.futures.ThreadPoolExecutor() as pool:
         for fact in pool.map(_inspect_file, paths):
             facts.append(fact)
@@ -75,6 +76,7 @@ def _looker():
         frames, channels = tf.unstack(tf.shape(samples))
         return audio_error(data), frames, channels, rate_hz, tf.reduce_max(tf.abs(tf.pad(samples, [[0, 1], [0, 0]])))
 
+    look.get_concrete_function()
     return look
 
 

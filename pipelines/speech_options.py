@@ -39,7 +39,10 @@ class SpeechModelOptions:
     """hf://USER/MODEL or a folder of Wav2Vec2 or HuBERT, XLS-R and MMS among them; after random: without its
     weights."""
     depth: str = "full"
-    """Blocks to fine-tune in phase 2: head (none), a number counted from the top, or full: all but the convolutions."""
+    """Blocks to fine-tune in phase 2: head (none), a number counted from the top, or full: all but the convolutions.
+    auto climbs from head to the top blocks (light) to full while it may pay, and keeps what does best on validation."""
+    light_blocks: int = 2
+    """Blocks that the middle rung of --depth auto thaws, counted from the top."""
     dropout: float = 0.1
     """Share of each frame's features dropped in training, 0 to 1."""
 

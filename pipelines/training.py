@@ -21,6 +21,7 @@ from pipelines.guards import ForgettingGuard
 from pipelines.phase import fit_phase, head_fit
 from pipelines.prediction import feed_predictor
 from pipelines.recovery import Recovery
+from pipelines.steps import objective_of
 from pipelines.weight_average import average_kept
 
 
@@ -89,7 +90,8 @@ def fit_two_phase(
 
     Returns:
         The phase dicts, each with `climb` (`pipelines.ladder.climb_facts`, went_on and because), and a function of a
-        table of the splits -> logits [n, classes] of the model as it leaves.
+        table of the splits -> logits [n, classes] of the model as it leaves (the outputs of its own objective, where
+        it has one).
     """
     config, recovery = scaled(config, strategy.num_replicas_in_sync), recovery or Recovery()
     options, phases = config.training, []
@@ -117,7 +119,8 @@ def fit_two_phase(
         right = phase.pop("right")
         phase["climb"] = ladder.climb_facts(phase, seconds, right, best.get("right"))
         if phase["kept"]:
-            best.update(right=right, feed=feed, logits_of=feed_predictor(feed.forward, feed.batches, strategy))
+            outputs = objective_of(model).outputs
+            best.update(right=right, feed=feed, logits_of=feed_predictor(feed.forward, feed.batches, strategy, outputs))
         phases.append(phase)
         needed = ladder.seconds_needed(phases, rungs, thawable, epochs)
         went_on, because = ladder.decide(phases, rungs, options.target, clock.left, needed)
