@@ -54,8 +54,8 @@ class AudioInputOptions(InputOptions):
 
     data: str = "spoken_words"
     """Folder of class folders, folder of {train,val,test}/class folders, a manifest (CSV, TSV, JSONL or Parquet
-    file of paths and labels), folder of {train,val,test} manifests, tfds:NAME, or the offline set spoken_words. WAV,
-    FLAC, OGG, MP3, any sample rate, any number of channels."""
+    file of paths and labels), folder of {train,val,test} manifests, tfds:NAME, a folder of Hugging Face datasets, or
+    the offline set spoken_words. WAV, FLAC, OGG, MP3, any sample rate, any number of channels."""
     group_column: str = "group"
     """Column of a manifest with what must stay in one split, such as the speaker or recording (may be missing)."""
 
@@ -413,8 +413,9 @@ class SpeechInputOptions:
     """What to learn from."""
 
     data: str = ""
-    """A manifest of transcripts (CSV, TSV, JSONL or Parquet file with the columns path and text), or a folder of
-    {train,val,test} manifests. WAV, FLAC, OGG, MP3, any sample rate, any number of channels."""
+    """A manifest of transcripts (CSV, TSV, JSONL or Parquet file with the columns path and text), a folder of
+    {train,val,test} manifests, or one of Hugging Face datasets with a column of sounds. WAV, FLAC, OGG, MP3, any sample
+    rate, any number of channels."""
     path_column: str = "path"
     """Column of a manifest with the files, absolute or relative to the manifest's folder."""
     text_column: str = "text"
