@@ -15,8 +15,8 @@ class AudioInputOptions(InputOptions):
 
     data: str = "spoken_words"
     """Folder of class folders, folder of {train,val,test}/class folders, a manifest (CSV, TSV, JSONL or Parquet
-    file of paths and labels), folder of {train,val,test} manifests, tfds:NAME, or the offline set spoken_words. WAV,
-    FLAC, OGG, MP3, any sample rate, any number of channels."""
+    file of paths and labels), folder of {train,val,test} manifests, tfds:NAME, a folder of Hugging Face datasets, or
+    the offline set spoken_words. WAV, FLAC, OGG, MP3, any sample rate, any number of channels."""
     group_column: str = "group"
     """Column of a manifest with what must stay in one split, such as the speaker or recording (may be missing)."""
 

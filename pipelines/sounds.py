@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from models import GraftError, offline
+from pipelines.huggingface import huggingface_examples
 from pipelines.inspections import read_files
 from pipelines.manifests import Example, manifest_files, read_manifests
 from pipelines.sound_files import FORMAT, SOUND_SUFFIXES, inspect_sounds
@@ -40,8 +41,9 @@ def find_sounds(
 ) -> list[Example]:
     """List the clips of a folder, a manifest, a TFDS set or an offline set, sorted by path.
 
-    Layouts: FOLDER/class/..., FOLDER/{train,val,test}/class/..., a manifest (CSV, TSV, JSONL, Parquet), or a folder
-    with the manifests {train,val,test}.csv and the like. Needs no TensorFlow; only the first use of a TFDS set does.
+    Layouts: FOLDER/class/..., FOLDER/{train,val,test}/class/..., a manifest (CSV, TSV, JSONL, Parquet), a folder with
+    the manifests {train,val,test}.csv and the like, or a folder of Hugging Face `datasets`. Needs no TensorFlow; only
+    the first use of a TFDS set does.
 
     Args:
         path_column, label_column, group_column: what a manifest calls them.
@@ -55,6 +57,9 @@ def find_sounds(
     if data.startswith(PREFIX):
         refuse_columns(renamed, ("--path-column", "--group-column"), f"the TFDS set {data}")
         found, give = tfds_sounds(data, data_dir, label_column), "a set of at least two labels"
+    elif (in_set := huggingface_examples(pathlib.Path(data), label_column, group_column, "Audio")) is not None:
+        refuse_columns(renamed, ("--path-column",), f"the Hugging Face folder {data}")
+        found, give = in_set, "a set of at least two labels"
     elif files := manifest_files(data):
         found = read_manifests(files, path_column, label_column, group_column)
         give = "rows of at least two labels"

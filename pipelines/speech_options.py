@@ -14,8 +14,9 @@ class SpeechInputOptions:
     """What to learn from."""
 
     data: str = ""
-    """A manifest of transcripts (CSV, TSV, JSONL or Parquet file with the columns path and text), or a folder of
-    {train,val,test} manifests. WAV, FLAC, OGG, MP3, any sample rate, any number of channels."""
+    """A manifest of transcripts (CSV, TSV, JSONL or Parquet file with the columns path and text), a folder of
+    {train,val,test} manifests, or one of Hugging Face datasets with a column of sounds. WAV, FLAC, OGG, MP3, any sample
+    rate, any number of channels."""
     path_column: str = "path"
     """Column of a manifest with the files, absolute or relative to the manifest's folder."""
     text_column: str = "text"

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from models import GraftError
 from pipelines.console import progress_bar
+from pipelines.huggingface import huggingface_examples
 from pipelines.inspections import inspect_files
 from pipelines.manifests import Example, manifest_files, read_manifests
 from pipelines.sounds import FORMAT, inspect_sounds, sound_warnings
@@ -36,22 +37,27 @@ def normalised(text: str, rule: str) -> str:
 
 
 def find_transcripts(data: str, path_column: str = "path", text_column: str = "text", group_column: str = "group"):
-    """The examples of a manifest of transcripts, or of a folder of {train,val,test} manifests: labels are the texts.
+    """The examples of transcripts: labels are the texts.
+
+    From a manifest, a folder of {train,val,test} manifests, or a folder of Hugging Face `datasets`.
 
     Raises:
-        GraftError: no manifest, and all that `read_manifests` raises.
+        GraftError: none of these, and all that their readers raise.
     """
-    files = manifest_files(data) if data else {}
-    if not files:
-        raise GraftError(
-            f"--data {data or '(empty)'}: expected a manifest of transcripts (CSV, TSV, JSONL or Parquet) with the "
-            f"columns {path_column} and {text_column}, or a folder of train, val and test manifests."
-        )
-    # A vertical bar parts several labels of one example: a transcript has none.
     try:
-        found = read_manifests(files, path_column, text_column, group_column)
+        found = huggingface_examples(data, text_column, group_column, "Audio") if data else None
+        files = manifest_files(data) if data and found is None else {}
+        if files:
+            found = read_manifests(files, path_column, text_column, group_column)
     except GraftError as error:
         raise GraftError(str(error).replace("--label-column", "--text-column")) from None
+    if found is None:
+        raise GraftError(
+            f"--data {data or '(empty)'}: expected a manifest of transcripts (CSV, TSV, JSONL or Parquet) with the "
+            f"columns {path_column} and {text_column}, a folder of train, val and test manifests, or one of Hugging "
+            f"Face `datasets` with a column of sounds."
+        )
+    # A vertical bar in a manifest parts several labels of one example: a transcript has none.
     return [example._replace(labels=(" ".join(example.labels),)) for example in found]
 
 
