@@ -23,11 +23,12 @@ from pipelines.speech_training import speech_objective, written
 from pipelines.transcript_scores import align, distance, error_rates, worst_transcripts
 from pipelines.transcripts import count_characters, find_transcripts, load_transcripts, normalised
 from serving import verify
-from serving.answer_checks import check_answers, check_transcripts
+from serving.answer_checks import check_answers, check_contract, check_transcripts
 from serving.batch_checks import made_wav
 from serving.session import Session
 from serving.static_checks import CheckFailed
 from serving.steps import STEPS
+from tests.embedded_server import running
 from tests.test_recovery import without_seconds
 from tests.tiny_speech import write_transcripts, write_wav2vec2
 
@@ -214,6 +215,10 @@ def test_verification_of_a_recogniser(run_dir, capsys):
         ):
             with pytest.raises(CheckFailed, match=message):
                 check_answers(session, files, wrong, 1e-5, [])
+    contract = metrics_of(run_dir)["serving"]["input_contract"]
+    check_contract(version, contract)
+    with pytest.raises(CheckFailed, match="samples of the probe, a fifth of a second: 1600 in training, 3200 when"):
+        check_contract(version, {**contract, "samples": 1600})
     with pytest.raises(CheckFailed, match="row 1: transcript b'a', confidence 1.5 and error b'' do not fit"):
         check_transcripts("s", {"transcript": [b"", b"a"], "confidence": [0.0, 1.5], "error": [b"no sound", b""]})
 
@@ -239,6 +244,13 @@ def test_commands_on_a_recogniser(folder, run_dir, tmp_path, capsys):
     assert main(["predict", str(run_dir), *shards]) == 0
     table = parquet.read_table(tmp_path / "shards" / "answers").to_pydict()
     assert table["transcript"] == [answers[path] for path in sorted(answers)] and len(table["confidence"]) == 24
+
+    with running("--model_base_path", run_dir / "serving" / "run", "--model_name", "run", name="run") as (rest, *_):
+        capsys.readouterr()
+        clip = str(clips / "003.wav")
+        assert main(["ask", f"http://127.0.0.1:{rest}/v1/models/run", clip, "--json"]) == 0
+        (said,) = json.loads(capsys.readouterr().out)["answers"]
+        assert said["transcript"] == answers[clip] and 0 <= said["confidence"] <= 1
 
     assert main(["export", str(run_dir)]) == 0
     version = run_dir / "serving" / "run" / "2"
