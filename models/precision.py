@@ -6,6 +6,8 @@ traced: one that was traced before goes on as it was.
 
 from __future__ import annotations
 
+import contextlib
+
 import keras
 import tensorflow as tf
 
@@ -27,6 +29,16 @@ def set_precision(model: Classifier, precision: str) -> None:
         # Two kinds of Keras's own layers say autocast=False although they follow their policy.
         if layer.autocast or isinstance(layer, (keras.layers.LayerNormalization, keras.layers.Embedding)):
             layer.dtype_policy = policy
+
+
+@contextlib.contextmanager
+def computing_in(model: Classifier, precision: str):
+    """Within, the encoder computes in a precision, as `set_precision` says; afterwards in float32."""
+    set_precision(model, precision)
+    try:
+        yield
+    finally:
+        set_precision(model, "float32")
 
 
 class LossScale:

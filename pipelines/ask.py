@@ -10,7 +10,7 @@ import numpy as np
 import tyro
 
 from models import GraftError
-from pipelines.batch import answers_of, label_of, print_answers, what_to_ask
+from pipelines.batch import answers_of, columns_of, print_answers, what_to_ask
 from pipelines.console import console
 from serving.client import TIMEOUT_S, Client
 
@@ -30,8 +30,8 @@ class AskConfig:
     """http://HOST:8501/v1/models/NAME (REST) or grpc://HOST:8500/NAME, where wanted with /versions/3 or /labels/stable
     after it."""
     inputs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Of an image or audio model: files, folders of them, or one CSV file with a column `path`. Of a text model: .txt
-    files, or one CSV file with a column `text`."""
+    """Of an image, audio or speech model: files, folders of them, or one CSV file with a column `path`. Of a text
+    model: .txt files, or one CSV file with a column `text`."""
     text: tuple[str, ...] = ()
     """Texts to label, of a text model: --text "How do I sort a list?" """
     text_column: str = "text"
@@ -54,7 +54,7 @@ def ask_server(argv: list[str]) -> int:
         seconds = time.perf_counter() - started
     class_names = names_of(answers)
     for row, answer in zip(rows, answers):
-        row.update(label=label_of(answer, class_names), error=answer["error"])
+        row.update(columns_of(answer, class_names, probabilities=False))
     if config.json:
         entries = [json_entry(row, answer, column, class_names) for row, answer in zip(rows, answers)]
         content = {"model": client.name, "version": client.version, "seconds": round(seconds, 4), "answers": entries}
@@ -74,16 +74,19 @@ def inputs_of(model, where: str) -> dict:
     """What a Session or a Client takes, as an export says it: {} for images, {"pairs": ...} for texts, kind for sounds.
 
     Raises:
-        GraftError: its serving_default takes something else, or does not answer with labels.
+        GraftError: its serving_default takes something else, or does not answer with labels or transcripts.
     """
     signature = model.signatures.get("serving_default", {"inputs": {}, "outputs": {}})
     names, missing = tuple(sorted(signature["inputs"])), {"labels", "scores", "probabilities", "error"}
     missing -= set(signature["outputs"])
+    if names == ("audio_bytes",) and {"transcript", "confidence", "error"} <= set(signature["outputs"]):
+        return {"kind": "speech"}
     if names not in INPUTS or missing:
         raise GraftError(
             f"{where}: its serving_default takes {', '.join(names) or 'nothing'} and gives "
-            f"{', '.join(sorted(signature['outputs'])) or 'nothing'}; expected a classifier that Graft exported "
-            f"(image_bytes, audio_bytes or text in; labels, scores, probabilities and error out)."
+            f"{', '.join(sorted(signature['outputs'])) or 'nothing'}; expected a model that Graft exported "
+            f"(image_bytes, audio_bytes or text in; labels, scores, probabilities and error out; or of speech "
+            f"transcript, confidence and error)."
         )
     return INPUTS[names]
 
@@ -94,19 +97,21 @@ def names_of(answers: list[dict]) -> list[str]:
     `labels` are in the order of the largest probabilities, equal ones by index (tf.math.top_k). A class that was
     never among them is called by its index.
     """
-    names = [f"class {index}" for index in range(len(answers[0]["probabilities"]))]
+    names = [f"class {index}" for index in range(len(answers[0].get("probabilities", ())))]
     for answer in answers:
-        if not answer["error"]:
+        if names and not answer["error"]:
             for index, label in zip(np.argsort(-answer["probabilities"], kind="stable"), answer["labels"]):
                 names[index] = label
     return names
 
 
 def json_entry(row: dict, answer: dict, column: str, class_names: list[str]) -> dict:
-    """One file or text of --json: what was asked, then either labels with scores (best first) or the error."""
+    """One file or text of --json: what was asked, then labels with scores (best first), a transcript, or the error."""
     asked = {name: row[name] for name in ("path", column) if name in row}
     if answer["error"]:
         return {**asked, "error": answer["error"]}
+    if "transcript" in answer:
+        return {**asked, "transcript": answer["transcript"], "confidence": round(answer["confidence"], 6)}
     scores = [round(float(score), 6) for score in answer["scores"]]
     entry = {**asked, "label": row["label"], "labels": answer["labels"], "scores": scores}
     if answer["unsure"] is not None:

@@ -14,14 +14,15 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import rich.table
+from rich.markup import escape
 
 from models import GraftError
 from pipelines import facts, runs
 from pipelines.batch_options import JobOptions, ModelInputs, parse
 from pipelines.batch_texts import input_names, shortened, text_rows, texts_reader
+from pipelines.common_options import flat
 from pipelines.console import console, progress_bar
-from pipelines.options import flat
-from pipelines.sounds import SOUND_SUFFIXES, wav_of
+from pipelines.sound_files import SOUND_SUFFIXES, wav_of
 from pipelines.sources import IMAGE_SUFFIXES
 
 BATCH = 32  # examples per call of the model
@@ -33,7 +34,8 @@ class PredictConfig(ModelInputs):
 
     out: str = ""
     """CSV file to write: the input's columns, then label (a|b where a model gives several), score (the largest
-    probability, 0 to 1) and error; unsure (True or False) where a model marks answers."""
+    probability, 0 to 1) and error; unsure (True or False) where a model marks answers. Of a speech model transcript,
+    confidence (0 to 1) and error."""
     probabilities: bool = False
     """Also write one column per class with its probability; shards hold them always."""
     job: flat(JobOptions) = dataclasses.field(default_factory=JobOptions)
@@ -48,17 +50,14 @@ def predict(argv: list[str]) -> int:
 
         return run_job(config, version, "serving_default", beam_flags)
     details = read_details(version)
-    class_names = details["class_names"]
     if config.out and pathlib.Path(config.out).is_dir():
         raise GraftError(f"--out {config.out} is a folder; give the name of a CSV file.")
+    if config.probabilities and details.get("kind") == "speech":
+        raise GraftError("--probabilities: this model writes transcripts, each with a confidence. Leave the flag out.")
     rows, read, column = what_to_ask(config, details)
     answers = ask(version, len(rows), read)
     for row, answer in zip(rows, answers):
-        row.update(label=label_of(answer, class_names), score=f"{answer['scores'][0]:.6f}", error=answer["error"])
-        if answer["unsure"] is not None:
-            row["unsure"] = answer["unsure"]
-        if config.probabilities:
-            row.update({f"p({name})": f"{p:.6f}" for name, p in zip(class_names, answer["probabilities"])})
+        row.update(columns_of(answer, details.get("class_names", ()), config.probabilities))
     if config.out:
         runs.write_csv(pathlib.Path(config.out), rows, list(rows[0]))
         console.print(f"{len(rows):,} answers in {config.out}")
@@ -66,6 +65,18 @@ def predict(argv: list[str]) -> int:
         print_answers(rows, answers, column)
     print_failed([row["error"] for row in rows], details)
     return 0
+
+
+def columns_of(answer: dict, class_names: list[str], probabilities: bool) -> dict:
+    """The columns of an answer; of a recogniser, which has no probabilities, transcript, confidence and error."""
+    if "transcript" in answer:
+        return {**answer, "confidence": f"{answer['confidence']:.6f}"}
+    columns = {"label": label_of(answer, class_names), "score": f"{answer['scores'][0]:.6f}", "error": answer["error"]}
+    if answer["unsure"] is not None:
+        columns["unsure"] = answer["unsure"]
+    if probabilities:
+        columns |= {f"p({name})": f"{p:.6f}" for name, p in zip(class_names, answer["probabilities"])}
+    return columns
 
 
 def print_failed(errors: list[str], details: dict) -> None:
@@ -105,7 +116,7 @@ class FilesKind(NamedTuple):
 
 def files_kind(details: dict) -> FilesKind:
     """What files a model takes; `details` as the export says of itself."""
-    return FILE_KINDS["audio_bytes" if details.get("kind") == "audio" else "image_bytes"]
+    return FILE_KINDS["audio_bytes" if details.get("kind") in ("audio", "speech") else "image_bytes"]
 
 
 def as_it_is(data: bytes) -> bytes:
@@ -191,8 +202,8 @@ def ask(version: pathlib.Path, count: int, read) -> list[dict]:
 def answers_of(model, count: int, read) -> list[dict]:
     """Answers of a Session or a Client, one per example: labels, scores, probabilities, chosen, unsure, error.
 
-    chosen is None for a model that gives one label, unsure for one that does not say. An example that cannot be read
-    gets its error and no label; its neighbours are not affected.
+    Of a recogniser: transcript, confidence, error. chosen is None for a model that gives one label, unsure for one that
+    does not say. An example that cannot be read gets its error and no label; its neighbours are not affected.
 
     Args:
         read: (start, stop) -> the inputs of these examples by name, and the error of each.
@@ -209,6 +220,15 @@ def answers_of(model, count: int, read) -> list[dict]:
 
 def answers_in(outputs: dict, errors: list[str]) -> list[dict]:
     """The outputs of `serving_default` for one batch, as one dict per example; errors: of reading, "" where fine."""
+    if "transcript" in outputs:
+        return [
+            {
+                "transcript": outputs["transcript"][index].decode(),
+                "confidence": float(outputs["confidence"][index]),
+                "error": read_error or outputs["error"][index].decode(),
+            }
+            for index, read_error in enumerate(errors)
+        ]
     return [
         {
             "labels": [label.decode() for label in outputs["labels"][index]],
@@ -249,6 +269,15 @@ def read_details(version: pathlib.Path) -> dict:
 def print_answers(rows: list[dict], answers: list[dict], column: str, most: int = 50) -> None:
     """A table on the console; column: what names a row."""
     table = rich.table.Table(box=None)
+    if "transcript" in answers[0]:
+        for title in ("file", "confidence", "transcript"):
+            table.add_column(title, justify="right" if title == "confidence" else "left")
+        for row, answer in zip(rows[:most], answers):
+            cells = ["", f"[yellow]no answer[/] {escape(row['error'])}"] if row["error"] else []
+            cells = cells or [f"{answer['confidence']:.3f}", escape(row["transcript"]) or "[dim]nothing"]
+            table.add_row(escape(short(row[column])), *cells)
+        print_table(table, len(rows) - most)
+        return
     # Of several labels none is the first, so the likeliest are listed, chosen or not.
     first, others = (1, "next") if answers[0]["chosen"] is None else (0, "likeliest")
     for title in ("file" if column == "path" else column, "label", "score", others):
@@ -258,9 +287,14 @@ def print_answers(rows: list[dict], answers: list[dict], column: str, most: int 
         cells = [row["label"] or "[dim]none", f"{answer['scores'][0]:.3f}", following]
         named = short(row[column]) if column == "path" else shortened(row[column])
         table.add_row(named, *(["[yellow]no answer", "", row["error"]] if row["error"] else cells))
+    print_table(table, len(rows) - most)
+
+
+def print_table(table: rich.table.Table, more: int) -> None:
+    """Print a table, and say how many rows it lacks."""
     console.print(table)
-    if len(rows) > most:
-        console.print(f"... and {len(rows) - most:,} more; --out predictions.csv writes them all.")
+    if more > 0:
+        console.print(f"... and {more:,} more; --out predictions.csv writes them all.")
 
 
 def short(path: str, most: int = 30) -> str:

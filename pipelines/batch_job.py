@@ -76,7 +76,7 @@ def run_job(config, version: pathlib.Path, signature: str, beam_flags: list[str]
         options.format,
         names,
         tuple(features_asked(options, names, text_columns)),
-        tuple(details["class_names"]),
+        tuple(details.get("class_names", ())),
     )
     started = time.perf_counter()
     rows = job_rows(options, names, text_columns)
@@ -247,8 +247,8 @@ def features_in(outputs: dict, errors: list[str]) -> list[dict]:
 
 def answer_columns(answer: dict, job: Job) -> dict:
     """An answer as the columns of a shard, in the order of `answer_schema`."""
-    if job.signature == "features":
-        return {"features": answer["features"]}
+    if job.signature == "features" or "transcript" in answer:
+        return {name: value for name, value in answer.items() if name != "error"}
     columns = {"label": label_of(answer, list(job.class_names)), "score": float(answer["scores"][0])}
     if answer["chosen"] is not None:
         columns["chosen"] = [name for name, is_chosen in zip(job.class_names, answer["chosen"]) if is_chosen]
@@ -267,6 +267,8 @@ ANSWER_TYPES = {
     "scores": pa.list_(pa.float32()),
     "probabilities": pa.list_(pa.float32()),
     "features": pa.list_(pa.float32()),
+    "transcript": pa.string(),
+    "confidence": pa.float32(),
 }
 
 
@@ -277,7 +279,9 @@ def answer_schema(job: Job) -> pa.Schema:
     else:
         details = read_details(pathlib.Path(job.version))
         extra = {"chosen": "thresholds" in details, "unsure": "unsure_below" in details}
-        names = [name for name in ANSWER_TYPES if name != "features" and extra.get(name, True)]
+        names = ["id", "label", "score", "chosen", "unsure", "labels", "scores", "probabilities"]
+        names = [name for name in names if extra.get(name, True)]
+        names = ["id", "transcript", "confidence"] if details.get("kind") == "speech" else names
     return pa.schema([(name, ANSWER_TYPES[name]) for name in names])
 
 

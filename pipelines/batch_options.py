@@ -17,8 +17,8 @@ class ModelInputs:
     run: tyro.conf.Positional[str]
     """Run folder, or the folder of an exported version."""
     inputs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Of an image or audio model: files, folders of them, or one CSV file with a column `path`. Of a text model: .txt
-    files, or one CSV file with a column `text`. The columns of a CSV file are kept."""
+    """Of an image, audio or speech model: files, folders of them, or one CSV file with a column `path`. Of a text
+    model: .txt files, or one CSV file with a column `text`. The columns of a CSV file are kept."""
     text: tuple[str, ...] = ()
     """Texts to ask of a text model: --text "How do I sort a list?" """
     text_column: str = "text"

@@ -150,7 +150,7 @@ def calibrate(splits, logits: dict, options, seed: int = 0) -> tuple[dict, dict]
 
     Args:
         splits: `pipelines.data.Splits`. logits: {"val", "test"}, [n, classes] float32 each.
-        options: `pipelines.options.GuardOptions`.
+        options: `pipelines.common_options.GuardOptions`.
 
     Returns:
         What metrics.json holds under `calibration`: `find_temperature`'s figures; examples; test_loss_before,

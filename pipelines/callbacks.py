@@ -1,12 +1,25 @@
-"""Keras callbacks that observe a phase: the progress bar, and logs for TensorBoard."""
+"""Keras callbacks that observe a phase, and who tells them: the progress bar, and logs for TensorBoard."""
 
 from __future__ import annotations
 
+import contextlib
 import pathlib
 
 import keras
 
 from pipelines.console import console, progress_bar
+
+
+@contextlib.contextmanager
+def observed(model, callbacks, epochs: int, steps: int, done: tuple[int, int]):
+    """Around a phase: its callbacks as one, to be told of epochs and steps; done: those of earlier processes."""
+    model.stop_training = False
+    observers = keras.callbacks.CallbackList(list(callbacks), model=model, epochs=epochs, steps=steps, done=done)
+    observers.on_train_begin()
+    try:
+        yield observers
+    finally:  # after Ctrl-C too: the progress bar gives the terminal back
+        observers.on_train_end()
 
 
 class ProgressPrinter(keras.callbacks.Callback):

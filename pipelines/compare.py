@@ -69,6 +69,11 @@ def compare(argv: list[str]) -> int:
                 f"{len(set(new_details) - set(old_details)):,} are new."
             )
         details = inputs_of(old, config.old)
+        if details.get("kind") == "speech":
+            raise GraftError(
+                f"{config.old}: this model writes transcripts, which are not compared by class. Give `graft evaluate` "
+                f"the same manifest for both, and compare their error rates."
+            )
         if details != inputs_of(new, config.new):
             raise GraftError(f"{config.old} and {config.new} take different inputs: they cannot be compared.")
         asked, read = examples_of(config, details)
@@ -121,7 +126,7 @@ def open_model(where: str):
         from serving.session import Session
 
         version = runs.find_version(where)
-        class_names = read_details(version)["class_names"]
+        class_names = read_details(version).get("class_names")
         with Session(version) as session:
             yield session, class_names
 

@@ -11,9 +11,12 @@ import pyarrow as pa
 from pipelines.data import image_loader
 from pipelines.sound_augmentation import sound_loader
 from pipelines.tokens import token_parts
+from pipelines.transcripts import clip_parts
 from serving.contract import (
     LONG_PROBE,
     TEXT_PROBE,
+    TONE_RATE_HZ,
+    TONE_SECONDS,
     image_contract,
     image_probe,
     sound_contract,
@@ -37,6 +40,17 @@ def trained_sound_contract(preprocess) -> dict:
         file.write_bytes(sound_probe())
         waveform, mask = sound_loader(preprocess)(str(file), np.zeros(2, np.int32))
     return sound_contract(waveform[0], mask[0], preprocess.sample_rate_hz)
+
+
+def trained_clip_contract(preprocess) -> dict:
+    """As `trained_sound_contract`, of clips that are heard as a whole, for recognition."""
+    with tempfile.TemporaryDirectory(prefix="graft-probe-") as folder:
+        file = pathlib.Path(folder, "probe.wav")
+        file.write_bytes(sound_probe())
+        facts = {"path": [str(file)], "frames": [int(TONE_SECONDS * TONE_RATE_HZ)], "rate_hz": [TONE_RATE_HZ]}
+        ((_, inputs),) = clip_parts(pa.table(facts), preprocess, 1)
+        (waveform,), (mask,) = inputs[0].load([inputs], 0, [0])
+    return sound_contract(waveform, mask, preprocess.sample_rate_hz)
 
 
 def trained_text_contract(preprocess) -> dict:

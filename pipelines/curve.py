@@ -22,8 +22,8 @@ from models import GraftError
 from models.hubs import offline_names
 from models.names import check_backbone_name
 from pipelines import facts, runs
+from pipelines.common_options import CacheOptions, flat
 from pipelines.console import console, start_tensorflow
-from pipelines.options import CacheOptions, flat
 from pipelines.rank import find_kind, frozen_part, name_and_size
 
 SHARES = (0.1, 0.25, 0.5, 1.0)  # of the training set

@@ -9,11 +9,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute
 
-from pipelines.console import progress_bar
-from pipelines.inspections import inspect_files
+from pipelines.inspections import read_files
 from pipelines.manifests import Example
-from pipelines.sources import check_skipped, drop_small_classes, is_multi_label
-from pipelines.splits import fingerprint, make_splits
+from pipelines.sources import drop_small_classes, is_multi_label
+from pipelines.splits import fingerprint, make_splits, rows_of
 
 
 @dataclasses.dataclass
@@ -55,20 +54,15 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
     Raises:
         GraftError: more unreadable files than max(1%, 3), or a class that loses all but one image.
     """
-    from models import inputs  # TensorFlow
+    from models.inputs import white_level_for  # TensorFlow
 
     found, dropped = drop_small_classes(found, min_per_class)
     paths = [example.path for example in found]
-    with progress_bar() as bar:
-        task = bar.add_task("reading images", total=len(paths), note="")
-        facts = inspect_files(paths, progress=lambda done: bar.update(task, completed=done))
-    skipped = [{"path": path, "reason": fact["error"]} for path, fact in zip(paths, facts) if fact["error"]]
-    check_skipped(skipped, len(paths), "images", "cannot be read")
+    facts, skipped = read_files(paths, "images")
     facts_of = {example.path: fact for example, fact in zip(found, facts) if not fact["error"]}
     multi_label = is_multi_label(found)
     kept, _ = drop_small_classes([example for example in found if example.path in facts_of], min_per_class)
     facts = [facts_of[example.path] for example in kept]
-    class_names = sorted({label for example in kept for label in example.labels})
 
     warnings = []
     if dropped:
@@ -81,19 +75,8 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
             f"{rotated} images carry an EXIF rotation. It is ignored, in training and in serving alike: "
             f"rotate the pixels if up matters."
         )
-    index_of = {name: index for index, name in enumerate(class_names)}
-    rows = []
-    for example, fact in zip(kept, facts):
-        identity, indices = fact["id"], sorted(index_of[label] for label in example.labels)
-        rows.append(
-            {
-                "id": identity,
-                "path": example.path,
-                "label": indices if multi_label else indices[0],
-                "group": example.group or identity,
-                "split": example.split,
-            }
-        )
+    inputs = [{"id": fact["id"], "path": example.path} for example, fact in zip(kept, facts)]
+    rows, class_names = rows_of(kept, inputs, multi_label)
     # By content, not by path: the same images give the same batches wherever they lie.
     rows.sort(key=lambda row: (row["id"], row["path"]))
     tables = make_splits(rows, class_names, warnings)
@@ -103,7 +86,7 @@ def load_images(found: list[Example], min_per_class: int = 0) -> Splits:
         **tables,
         class_names=class_names,
         fingerprint=fingerprint(tables),
-        white_level=inputs.white_level_for(peak),
+        white_level=white_level_for(peak),
         skipped=skipped,
         warnings=warnings,
         plain=kinds.pop() if len(kinds) == 1 else "",

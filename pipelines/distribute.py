@@ -163,8 +163,8 @@ def chief_says(strategy, values) -> list[float]:
 
 
 def from_chief(strategy, state: tuple[dict, dict] | None) -> tuple[dict, dict] | None:
-    """The chief's facts and arrays, as `pipelines.recovery.pack` takes them, or its None, on every worker."""
-    from pipelines.recovery import packed, unpack
+    """The chief's facts and arrays, as `pipelines.states.pack` takes them, or its None, on every worker."""
+    from pipelines.states import packed, unpack
 
     if shard_of(strategy)[1] == 1:
         return state

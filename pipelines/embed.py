@@ -9,8 +9,8 @@ from models import GraftError
 from pipelines import runs
 from pipelines.batch import BATCH, print_failed, read_details, what_to_ask
 from pipelines.batch_options import JobOptions, ModelInputs, parse
+from pipelines.common_options import flat
 from pipelines.console import console, progress_bar
-from pipelines.options import flat
 
 
 @dataclasses.dataclass
@@ -27,6 +27,12 @@ def embed(argv: list[str]) -> int:
     """`graft embed`: a Parquet file with --out; with --input, shards in --output."""
     config, beam_flags = parse(EmbedConfig, argv, prog="graft embed")
     version = runs.find_version(config.run)
+    details = read_details(version)
+    if details.get("kind") == "speech":
+        raise GraftError(
+            f"{version}: a recogniser has a vector for every few milliseconds, none for a clip. `graft predict` gives "
+            f"its transcripts. For vectors of clips train `graft audio --depth head` on the same backbone."
+        )
     if config.job.input:
         from pipelines.batch_job import run_job
 
@@ -34,7 +40,6 @@ def embed(argv: list[str]) -> int:
     out = pathlib.Path(config.out)
     if out.suffix != ".parquet" or out.is_dir():
         raise GraftError(f"--out is {config.out!r}, expected the name of a file such as features.parquet.")
-    details = read_details(version)
     rows, read, _ = what_to_ask(config, details)
     answers = features_of_rows(version, len(rows), read)
     write_features(out, rows, answers)

@@ -1,4 +1,4 @@
-"""An epoch of a phase: what updates the weights, and the loop over steps, which can be stopped between any two."""
+"""An epoch of a phase: what updates the weights, the loop over steps (it can stop between any two), and validation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -14,9 +15,19 @@ from models import optimizer as optimizers
 from models.classifier import Classifier
 from models.precision import LossScale
 from pipelines import stopping
-from pipelines.distribute import shard_of
-from pipelines.recovery import Progress, Recovery
-from pipelines.steps import MovingAverage, dropout_seeder, make_train_calls, make_train_step
+from pipelines.data import targets_of
+from pipelines.distribute import chief_says, shard_of
+from pipelines.prediction import predict_logits
+from pipelines.progress import Diverged, Progress
+from pipelines.recovery import Recovery
+from pipelines.steps import (
+    MovingAverage,
+    dropout_seeder,
+    make_predict_step,
+    make_train_calls,
+    make_train_step,
+    objective_of,
+)
 
 
 @dataclasses.dataclass
@@ -30,6 +41,11 @@ class Updates:
     variables: list  # all that a step changes, but for dropout's state, which is a function of the step
     flags: tf.Variable | None  # of several workers: whether this one shall stop, and whether a save is due
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the head, as the schedule has it now."""
+        return float(keras.ops.convert_to_numpy(self.optimizer.learning_rate))
+
     def validating(self):
         """Within, the model has the weights that are validated and kept: the averaged ones where there are any."""
         return self.average.in_place() if self.average else contextlib.nullcontext()
@@ -42,7 +58,7 @@ def make_updates(
 
     Args:
         moving: the weights that training may change, as `models.freezing.moving_weights` gives them.
-        options: `pipelines.options.TrainingOptions`.
+        options: `pipelines.common_options.TrainingOptions`.
         spec: as `batch_spec` of `make_train_step`.
     """
     schedule = learning_rate
@@ -83,7 +99,7 @@ def train_epoch(
 
     Raises:
         KeyboardInterrupt: SIGTERM or Ctrl-C, between two calls.
-        pipelines.recovery.Diverged: a loss that is no number, or far too large.
+        pipelines.progress.Diverged: a loss that is no number, or far too large.
     """
     iterator, guessing_loss = iter(batches), math.log(2 if model.multi_label else max(model.head.units, 2))
     with stopping.held():
@@ -105,3 +121,23 @@ def train_epoch(
             recovery.between_steps(bool(due), count)
             if stop:
                 raise KeyboardInterrupt
+
+
+def validator(model: Classifier, feed, val, strategy, spec) -> Callable:
+    """A function: Updates -> loss and accuracy of a table, and what is right of each example, [val] float32.
+
+    They are those of the weights that may be kept. It raises Diverged where the loss is no number.
+    """
+    objective, targets = objective_of(model), targets_of(val, model.head.units)
+    predict_step = make_predict_step(feed.forward, strategy, spec, objective.outputs)
+
+    def validate(updates: Updates) -> tuple[float, float, np.ndarray]:
+        with updates.validating():
+            outputs = predict_logits(predict_step, strategy, feed.batches(val), val.num_rows)
+            figures = objective.figures(targets, outputs)
+        loss, accuracy = chief_says(strategy, figures)
+        if not math.isfinite(loss):
+            raise Diverged(loss)
+        return loss, accuracy, objective.shares(targets, outputs)
+
+    return validate

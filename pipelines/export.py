@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pathlib
 
@@ -28,7 +29,7 @@ def export_run(argv: list[str]) -> int:
     if not (run_dir / "config.yaml").is_file():
         raise GraftError(
             f"{run_dir} is not a run folder: it holds no config.yaml. Give the folder that `graft image`, "
-            f"`graft text` or `graft audio` wrote."
+            f"`graft text`, `graft audio` or `graft speech` wrote."
         )
     checkpoint = runs.find_checkpoint(run_dir)
     if checkpoint is None:
@@ -38,13 +39,7 @@ def export_run(argv: list[str]) -> int:
     (run_dir / NOTE).unlink(missing_ok=True)  # a version of its own, even where a stopped run has published one
     state = json.loads((run_dir / "checkpoints" / "state.json").read_text())
     with runs.explained(run_dir):
-        if state.get("kind") == "audio":
-            from pipelines.audio import export_again
-        elif "text" in state.get("inputs", ()):
-            from pipelines.text import export_again
-        else:
-            from pipelines.image import export_again
-        version, checked = export_again(run_dir, state)
+        version, checked = importlib.import_module(f"pipelines.{runs.kind_of(state)}").export_again(run_dir, state)
     (run_dir / NOTE).unlink(missing_ok=True)
     console.print(f"Exported the weights of {checkpoint.name} to {version}\n{facts.served_line(checked)}")
     return 0

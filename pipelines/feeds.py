@@ -42,7 +42,7 @@ class Feeds:
     def __init__(self, model: Classifier, splits: Splits, train: pa.Table, loader, config, strategy, read_inputs=None):
         """`train` is the training table with the weights that count; the other arguments as for `fit_two_phase`."""
         self.model, self.train, self.seed = model, train, config.training.seed
-        self.options = config.cache
+        self.options, self.tuning = config.cache, config.fine_tune
         self.common = {"class_count": len(splits.class_names), "batch_size": config.training.batch_size}
         self.own = {"shard": shard_of(strategy)}
         self.frozen = FrozenPart(
@@ -88,7 +88,12 @@ class Feeds:
         return Feed(self.model, train_batches, batches, pooled=self.model.features)
 
     def head(self, cut: int) -> Feed:
-        """Phase 1, on pooled features; cut: the number of the lowest block that phase 2 thaws, 0 for none or all."""
+        """Phase 1, on pooled features; cut: the number of the lowest block that phase 2 thaws, 0 for none or all.
+
+        On what crosses the highest cut where nothing is pooled: a recogniser's head answers for every frame.
+        """
+        if getattr(self.model, "objective", None):
+            return self.fine_tune(len(self.model.blocks) - 1, self.tuning)
         learned = None if self.options.cache == "none" else self.learning.features(cut)
         if learned is None:
             return self.whole()
@@ -111,7 +116,7 @@ class Feeds:
     def fine_tune(self, cut: int, options) -> Feed:
         """Phase 2, on the tensors that cross the cut below block number `cut`.
 
-        options: `pipelines.options.FineTuneOptions` or its like.
+        options: `pipelines.image_options.FineTuneOptions` or its like.
         """
         changes, mixing = (options.augmentation, options.random_erasing), (options.mixup, options.cutmix)
         plain = None

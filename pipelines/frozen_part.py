@@ -28,7 +28,7 @@ class FrozenPart:
     def __init__(
         self, model: Classifier, white_level: int, loader, read_inputs, options, batch: dict, seed, strategy, steps=1
     ):
-        """options: `pipelines.options.CacheOptions`; batch: class_count and batch_size of every data set.
+        """options: `pipelines.common_options.CacheOptions`; batch: class_count and batch_size of every data set.
 
         steps: gradient accumulation, which takes its parts from one batch;
         loader and read_inputs as for `pipelines.training.fit_two_phase`.

@@ -103,6 +103,8 @@ class ForgettingGuard:
         found = np.zeros((self.probe.num_rows, self.model.backbone.feature_size), np.float32)
         for inputs, _, _, rows in self.batches:
             rows, values = rows.numpy(), np.asarray(self.pooled(inputs))
+            if values.ndim == 3:  # frames of speech, zeros in the padding
+                values = values.sum(axis=1) / np.maximum((values != 0).any(axis=2).sum(axis=1), 1)[:, None]
             found[rows[rows >= 0]] = values[rows >= 0]
         return self.summed(found)
 

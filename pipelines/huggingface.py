@@ -1,6 +1,6 @@
-"""Sets as Hugging Face's `datasets` keeps them on disk -> examples of images. Needs neither it nor TensorFlow.
+"""Sets as Hugging Face's `datasets` keeps them on disk -> examples of images, of sounds. Needs neither it nor TF.
 
-Three layouts: what `save_to_disk` writes (Arrow files), Parquet shards as on the hub, and image folders whose
+Three layouts: what `save_to_disk` writes (Arrow files), Parquet shards as on the hub, and folders of files whose
 labels stand in metadata.csv, .jsonl or .parquet. Plain class folders are none of them. What tables of images and of
 texts share is here; `pipelines.text_sets` reads the texts.
 """
@@ -8,6 +8,7 @@ texts share is here; `pipelines.text_sets` reads the texts.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -23,6 +24,8 @@ from pipelines.manifests import SPLIT_ALIASES, SUFFIXES, Example, open_table, re
 from pipelines.records import Record, graft_splits, set_key, write_once
 
 SHARD = re.compile(r"(?P<split>[\w.]+)-\d{5}-of-(?P<count>\d{5})\b.*\.parquet")
+NOUNS = {"Image": "images", "Audio": "clips"}  # kinds of columns of files, as `datasets` calls them
+EITHER = " or ".join(NOUNS)  # bytes and path, in a table that does not say which
 BATCH_ROWS = 64  # read at a time from Parquet, so that few images are in memory
 LISTS = ("List", "LargeList", "Sequence")  # what `datasets` has called a list of values, over the years
 
@@ -30,16 +33,16 @@ LISTS = ("List", "LargeList", "Sequence")  # what `datasets` has called a list o
 class Columns(NamedTuple):
     """What is read of a table."""
 
-    inputs: tuple[str, ...]  # the image; the text, or both texts of a pair
+    inputs: tuple[str, ...]  # the image or sound; the text, or both texts of a pair
     label: str
     group: str  # "" where the table has none
     class_names: list[str] | None  # None: the labels are text or numbers that speak for themselves
 
 
 def huggingface_examples(
-    folder: str | pathlib.Path, label_column: str = "label", group_column: str = "group"
+    folder: str | pathlib.Path, label_column: str = "label", group_column: str = "group", kind: str = "Image"
 ) -> list[Example] | None:
-    """The images of a folder in a layout of `datasets`; None where the folder is in none of them.
+    """The images or sounds of a folder in a layout of `datasets`; None where the folder is in none of them.
 
     Images inside tables become files in the cache, bytes as they are; those that a table only names stay where
     they are. Splits are called as `pipelines.sources.graft_splits` says. Unlabelled images (no label, or -1 where
@@ -48,6 +51,7 @@ def huggingface_examples(
     Args:
         label_column: column of the label; where there is none called "label", the only one whose classes have names.
         group_column: column of what must stay in one split.
+        kind: a key of NOUNS.
 
     Raises:
         GraftError: damaged or missing files, no image column, no label column, images that are named but missing.
@@ -55,10 +59,10 @@ def huggingface_examples(
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         return None
-    tables = saved_tables(folder) or parquet_tables(folder, _holds_images)
+    tables = saved_tables(folder) or parquet_tables(folder, functools.partial(_holds, kind))
     if tables:
-        return _table_examples(folder, tables, label_column, group_column)
-    return _metadata_examples(folder, label_column, group_column)
+        return _table_examples(folder, tables, label_column, group_column, kind)
+    return _metadata_examples(folder, label_column, group_column, kind)
 
 
 # ---------------------------------------------------------------- finding tables
@@ -120,9 +124,9 @@ def _shards(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     return tables
 
 
-def _holds_images(file: pathlib.Path) -> bool:
+def _holds(kind: str, file: pathlib.Path) -> bool:
     with open_file(file) as (schema, _, _):
-        return any(_is_image(feature) for feature in _features(schema, None).values())
+        return any(_is_of(kind, feature) for feature in _features(schema, None).values())
 
 
 def _read_json(file: pathlib.Path, key: str):
@@ -163,7 +167,7 @@ def open_file(file: pathlib.Path):
         ) from error
 
 
-def _table_examples(folder, tables, label_column, group_column) -> list[Example]:
+def _table_examples(folder, tables, label_column, group_column, kind) -> list[Example]:
     splits = graft_splits(tables)
     files = [file for split in splits for file in tables[split]]
     count = 0
@@ -171,31 +175,36 @@ def _table_examples(folder, tables, label_column, group_column) -> list[Example]
     for file in files:
         with open_file(file) as (schema, rows, _):
             count += rows
-            columns[file] = choose_columns(file, schema, label_column, group_column)
+            columns[file] = choose_columns(file, schema, label_column, group_column, kind=kind)
     key = set_key(files, str(folder.resolve()), str(splits), str(list(columns.values())))
 
     def records():
         for split, graft_split in splits.items():
             for file in tables[split]:
-                yield from _records(folder, file, columns[file], graft_split)
+                yield from _records(folder, file, columns[file], graft_split, NOUNS[kind])
 
-    return write_once(f"huggingface-{folder.resolve().name}-{key}", count, records)
+    return write_once(f"huggingface-{folder.resolve().name}-{key}", count, records, NOUNS[kind])
 
 
 def choose_columns(
-    file: pathlib.Path, schema: pa.Schema, label_column: str, group_column: str, texts: tuple[str, ...] = ()
+    file: pathlib.Path,
+    schema: pa.Schema,
+    label_column: str,
+    group_column: str,
+    texts: tuple[str, ...] = (),
+    kind: str = "Image",
 ) -> Columns:
-    """What to read of a table: the only image, and the label by name or as the only one whose classes have names.
+    """What to read of a table: the only column of a kind; the label by name, or the only one whose classes have names.
 
     Args:
-        texts: names of the text columns, in place of an image.
+        texts: names of the text columns, in place of an image; kind: as of `huggingface_examples`.
 
     Raises:
         GraftError: none, or several and nothing to choose by; lists the columns that there are.
     """
     features = _features(schema, file.parent / "dataset_info.json")
     listed = ", ".join(f"{name} ({feature.get('_type', 'several')})" for name, feature in features.items())
-    inputs = texts or tuple(name for name, feature in features.items() if _is_image(feature))
+    inputs = texts or tuple(name for name, feature in features.items() if _is_of(kind, feature))
     labels = [name for name, feature in features.items() if _element(feature).get("_type") == "ClassLabel"]
     for name in texts:
         if name not in features or schema.field(name).type not in (pa.string(), pa.large_string()):
@@ -206,8 +215,8 @@ def choose_columns(
             )
     if len(inputs) != 1 and not texts:
         raise GraftError(
-            f"{file}: expected one image column, found {', '.join(inputs) or 'none'}. Its columns: {listed}. "
-            f"Give a set with one image per row."
+            f"{file}: expected one {kind.lower()} column, found {', '.join(inputs) or 'none'}. Its columns: {listed}. "
+            f"Give a set with one {NOUNS[kind].removesuffix('s')} per row."
         )
     if label_column in features and _element(features[label_column]).get("_type") in ("ClassLabel", "Value"):
         labels = [label_column]
@@ -236,8 +245,8 @@ def _features(schema: pa.Schema, info: pathlib.Path | None) -> dict[str, dict]:
     described = {}
     for field in schema:
         values = field.type.value_type if pa.types.is_list(field.type) else field.type
-        is_image = pa.types.is_struct(values) and {"bytes", "path"} <= {part.name for part in values}
-        kind = "Image" if is_image and values is field.type else "several" if pa.types.is_nested(values) else "Value"
+        is_file = pa.types.is_struct(values) and {"bytes", "path"} <= {part.name for part in values}
+        kind = EITHER if is_file and values is field.type else "several" if pa.types.is_nested(values) else "Value"
         described[field.name] = {"_type": kind}
     return described
 
@@ -255,11 +264,11 @@ def _element(feature: dict) -> dict:
     return inner if feature.get("_type") in LISTS and isinstance(inner, dict) else feature
 
 
-def _is_image(feature: dict) -> bool:
-    return feature.get("_type") == "Image"
+def _is_of(kind: str, feature: dict) -> bool:
+    return feature.get("_type") in (kind, EITHER)
 
 
-def _records(folder: pathlib.Path, file: pathlib.Path, columns: Columns, split: str) -> Iterator[Record]:
+def _records(folder: pathlib.Path, file: pathlib.Path, columns: Columns, split: str, noun: str) -> Iterator[Record]:
     wanted = [name for name in (*columns.inputs, columns.label, columns.group) if name]
     row = 0
     with open_file(file) as (_, _, batches):
@@ -268,7 +277,7 @@ def _records(folder: pathlib.Path, file: pathlib.Path, columns: Columns, split: 
                 row += 1
                 where = f"{file}, row {row}"
                 labels = labels_of_cell(where, values[columns.label], columns.class_names)
-                image = _image(where, folder, values[columns.inputs[0]])
+                image = _file(where, folder, values[columns.inputs[0]], noun)
                 group = values[columns.group] if columns.group else None
                 yield Record(split, labels, image, "" if group is None else str(group))
 
@@ -291,25 +300,26 @@ def labels_of_cell(where: str, value, class_names: list[str] | None) -> tuple[st
     return tuple(dict.fromkeys(known))
 
 
-def _image(where: str, folder: pathlib.Path, value: dict | None) -> bytes | pathlib.Path:
+def _file(where: str, folder: pathlib.Path, value: dict | None, noun: str) -> bytes | pathlib.Path:
     value = value or {}
     if value.get("bytes"):
         return value["bytes"]
     if not value.get("path"):
-        raise GraftError(f"{where}: it holds no image, neither bytes nor a path. Fill it in, or remove the row.")
+        one = noun.removesuffix("s")
+        raise GraftError(f"{where}: it holds no {one}, neither bytes nor a path. Fill it in, or remove the row.")
     for path in (pathlib.Path(value["path"]), folder / value["path"]):
         if path.is_file():
             return path
     raise GraftError(
-        f"{where}: there is no file {value['path']}, which the table names in place of the image itself. Put it there, "
-        f"or write the images into the table with `save_to_disk` where they are."
+        f"{where}: there is no file {value['path']}, which the table names in place of the content. Put it there, "
+        f"or write the {noun} into the table with `save_to_disk` where they are."
     )
 
 
-# ---------------------------------------------------------------- image folders with metadata
+# ---------------------------------------------------------------- folders of files with metadata
 
 
-def _metadata_examples(folder: pathlib.Path, label_column: str, group_column: str) -> list[Example] | None:
+def _metadata_examples(folder: pathlib.Path, label_column: str, group_column: str, kind: str) -> list[Example] | None:
     """Examples by metadata files with the column file_name, in the split folders or in the folder itself."""
     parts = [part for part in sorted(folder.iterdir()) if part.is_dir() and part.name in SPLIT_ALIASES]
     files = {part.name: _metadata_file(part) for part in parts}
@@ -319,7 +329,7 @@ def _metadata_examples(folder: pathlib.Path, label_column: str, group_column: st
     if not files or (not labelled and label_column == "label" and _only_folders(parts or [folder])):
         return None  # class folders, with metadata that say something else if there are any
     for name in sorted(set(files) - set(labelled)) if labelled else ():
-        console.print(f"{files[name]} has no column {label_column!r}: the images of {name} are left out.")
+        console.print(f"{files[name]} has no column {label_column!r}: the {NOUNS[kind]} of {name} are left out.")
     found = []
     for name, file in (labelled or files).items():
         for example in read_manifests({"": file}, "file_name", label_column, group_column):

@@ -9,7 +9,6 @@ Reads top to bottom: `run` is the whole story. TensorFlow is imported after the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 import sys
 import types
@@ -19,13 +18,13 @@ import numpy as np
 from models import GraftError
 from models.names import check_backbone_name, check_depth, known_blocks
 from pipelines import facts, resume, runs
-from pipelines.calibration import calibration_of_run, exported
+from pipelines.calibration import exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
-from pipelines.console import console, print_trainable_table, start_tensorflow
+from pipelines.console import console, start_tensorflow
 from pipelines.data import image_loader, load_images
 from pipelines.devices import settle
 from pipelines.options import ImageConfig
-from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
+from pipelines.results import VERIFIED_EXAMPLES, as_it_ended, check_strict, publish, score, write_results
 from pipelines.sources import drop_small_classes, find_images, is_multi_label
 
 RUN_BYTES = 150_000_000  # free disk that a run of a small backbone needs: two checkpoints, export, report, logs
@@ -50,16 +49,14 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     console.print(f"Data: {len(found):,} images in {config.input.data}")
     start_tensorflow(config.training.seed)
     settle(config.training)
-    from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.contract import trained_image_contract
-    from pipelines.distribute import from_chief, is_chief, leave, local_strategy, make_strategy, shard_of
+    from pipelines.distribute import is_chief, leave, local_strategy, make_strategy, shard_of
     from pipelines.evaluate import check_positive
-    from pipelines.label_checks import class_warnings, examiner
+    from pipelines.label_checks import class_warnings
     from pipelines.leakage import check_copies
     from pipelines.prediction import predictor
-    from pipelines.recovery import Recovery
-    from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer, probe_verdict
+    from pipelines.run_training import train_run
+    from pipelines.transfer import judge_transfer
 
     strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
     chief = is_chief(strategy)  # of several workers, the one that writes
@@ -77,50 +74,20 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
     def loader(augmentation, random_erasing=0.0):
         return image_loader(model.backbone.preprocess, splits.white_level, augmentation, random_erasing, splits.plain)
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
-    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
-    examined, examine = examiner(splits, config)
-    probed = {}
-
-    def examine_features(features):
-        examine(features)
-        probed.update(probe_verdict(model, splits, loader, config))
-        return probed["verdict"] == "hurts"
-
-    def test_phase(phase, logits_of):
-        """Test figures after each phase, for the report only: nothing is chosen by them."""
-        facts.add_test_figures(phase, splits, logits_of(splits.test))
-
     with runs.explained(run_dir, shard_of(strategy)[1]):
         # The head only, then the top blocks too, then all: for as long as it pays, or as deep as --depth says.
         contract = trained_image_contract(model.backbone.preprocess, splits.white_level)
-        if chief:
-            runs.start_run_folder(run_dir, config, splits, contract)
-        every_s = config.training.checkpoint_seconds
-        recovery = Recovery(run_dir if chief else None, every_s, functools.partial(from_chief, strategy))
-        phases, logits_of = fit_two_phase(
-            model,
-            splits,
-            loader,
-            config,
-            strategy,
-            callbacks=[ProgressPrinter(), tensorboard(run_dir)] if chief else [],
-            on_start=print_trainable_table,
-            on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
-            on_end=test_phase,
-            on_features=examine_features if chief else None,
-            recovery=recovery,
-        )
+        trained = train_run(run_dir, config, "image", model, splits, loader, strategy, contract)
         clock.lap("training")
 
         # How good it is.
-        scored = score(splits, logits_of, config)
+        scored = score(splits, trained.logits_of, config)
         if not chief:
             return leave(strategy, run_dir)
         clock.lap("evaluation")
 
         # The verdict on transfer, with what became of it.
-        transfer = judge_transfer(model, splits, loader, config, scored[0]["test"], probed=probed)
+        transfer = judge_transfer(model, splits, loader, config, scored[0]["test"], probed=trained.probed)
         clock.lap("transfer verdict")
 
         # A version for TensorFlow Serving, verified before it gets its number.
@@ -130,9 +97,9 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
         version, checked = publish_images(model, splits, run_dir, samples, predict, *scored[2:4], contract)
         clock.lap("export and verification")
 
-        findings = scored, version, checked, clock, transfer, examined
-        gathered, report = write_results(run_dir, config, "image", splits, model.backbone, phases, *findings)
-        recovery.remove()
+        findings = scored, version, checked, clock, transfer, trained.examined
+        gathered, report = write_results(run_dir, config, "image", splits, model.backbone, trained.phases, *findings)
+        trained.recovery.remove()
         leave(strategy, run_dir)
     facts.print_ending(gathered, run_dir, version, report)
     check_strict(config, gathered, run_dir)
@@ -232,16 +199,12 @@ def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict
     from pipelines.prediction import predictor
 
     noted = types.SimpleNamespace(class_names=state["class_names"], white_level=state["white_level"])
-    multi_label = state.get("multi_label", False)
-    model = build_model(config, noted.class_names, multi_label)
+    model = build_model(config, noted.class_names, state.get("multi_label", False))
     model.load_weights(runs.find_checkpoint(run_dir))
     load = image_loader(model.backbone.preprocess, noted.white_level)
     predict = predictor(model, tf.distribute.get_strategy(), load, config.training.batch_size)
-    samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
-    thresholds = thresholds_of_run(run_dir, predict) if multi_label else None
-    calibration = None if multi_label else calibration_of_run(run_dir, config, predict)
-    contract = state.get("input_contract")
-    return publish_images(model, noted, run_dir, samples, predict, thresholds, calibration, contract)
+    samples, *ended = as_it_ended(run_dir, config, state, predict)
+    return publish_images(model, noted, run_dir, samples, predict, *ended)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import pathlib
 import sqlite3
 
 from models import offline
+from pipelines.console import progress_bar
+from pipelines.sources import check_skipped
 
 FORMAT = 2  # raise it when `models.inputs.inspect_images` says other things of the same file
 AT_ONCE = 500  # paths per query: SQLite takes 999 parameters everywhere
@@ -45,6 +47,22 @@ def inspect_files(paths: list[str], progress=lambda done: None, inspect=None, nu
         else:
             fresh = {}
     return [fresh[index] if index in fresh else found[stamp] for index, stamp in enumerate(stamps)]
+
+
+def read_files(paths: list[str], noun: str, inspect=None, number=FORMAT) -> tuple[list[dict], list[dict]]:
+    """As `inspect_files`, with a progress bar; and of files that cannot be used path and reason, for skipped.csv.
+
+    noun: what the files are, "images".
+
+    Raises:
+        GraftError: more of these than max(1%, 3).
+    """
+    with progress_bar() as bar:
+        task = bar.add_task(f"reading {noun}", total=len(paths), note="")
+        facts = inspect_files(paths, lambda done: bar.update(task, completed=done), inspect, number)
+    skipped = [{"path": path, "reason": fact["error"]} for path, fact in zip(paths, facts) if fact["error"]]
+    check_skipped(skipped, len(paths), noun, "cannot be read")
+    return facts, skipped
 
 
 def content_id(path: str) -> str:

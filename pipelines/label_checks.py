@@ -54,7 +54,7 @@ def class_warnings(splits, noun: str = "image") -> list[str]:
 def examiner(splits, config) -> tuple[dict, Callable]:
     """A dict of what is found among the examples, and the function that fills it from their features.
 
-    config: `pipelines.config.ImageConfig` or its like. The function takes features as `near_copies` does. Filled in:
+    config: `pipelines.options.ImageConfig` or its like. The function takes features as `near_copies` does. Filled in:
     near_copies and near_pairs, with --check-labels also label_check and doubtful_labels, the figures and the examples
     that the two functions give.
     """

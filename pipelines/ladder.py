@@ -161,7 +161,7 @@ def far_options(options, far: bool):
     the user chose stays, and all else with it.
 
     Args:
-        options: `pipelines.options.FineTuneOptions` or its like.
+        options: `pipelines.image_options.FineTuneOptions` or its like.
     """
     usual = type(options)()
     if not far or options.fine_tune_learning_rate != usual.fine_tune_learning_rate:
@@ -199,6 +199,14 @@ def fit_from(start: list[tuple], fit: Callable, **arguments) -> dict:
         for weight, value in own:
             weight.assign(value)
     return phase
+
+
+def after(phases: list[dict]) -> dict:
+    """What `fit_phase` is told of the phases before the next one: where order and logs go on, what must be beaten."""
+    # The order of the data is that of a run of this phase alone: full gives what --depth full would have given.
+    first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
+    aside = sum(phase["epochs"] for phase in phases[1:])
+    return {"first_epoch": first_epoch, "epochs_aside": aside, "best_val_loss": best_phase(phases)["val_loss"]}
 
 
 def best_phase(phases: list[dict]) -> dict:

@@ -17,7 +17,7 @@ import pyarrow as pa
 from pipelines.console import progress_bar
 from pipelines.evaluate import evaluate
 from pipelines.evaluate_multi_label import choose_thresholds, evaluate_multi_label, sigmoid
-from pipelines.sounds import SOUND_SUFFIXES, wav_of
+from pipelines.sound_files import SOUND_SUFFIXES, wav_of
 
 FRAME_SECONDS, HOP_SECONDS = 0.025, 0.010
 CHANNELS = 80

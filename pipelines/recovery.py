@@ -12,177 +12,21 @@ No TensorFlow here.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import hashlib
-import io
 import json
 import math
-import os
 import pathlib
 import shutil
 import time
 
-import numpy as np
-
 from models import GraftError
 from pipelines.console import PHASE_TITLES, console
+from pipelines.progress import MOST_ROLLBACKS, Progress, is_good, take, value_of
 from pipelines.runs import write_json
+from pipelines.states import unpack, write_state
 
-FORMAT = 1  # of the files: raise it when they would be read wrongly
-DIGEST_BYTES = 32  # of SHA-256
 STATES_KEPT = 2  # of the phase that is running: where the last one is damaged, the one before is taken
 GOOD_STEPS = 100  # steps after which what training may go back to is noted anew; also at the start of each epoch
-EXPLODED = 100.0  # times the loss of guessing, or of the phase's first step if that is more
-ROLLBACK_RATE = 0.25  # by which the learning rate is multiplied when training goes back,
-MOST_ROLLBACKS = 3  # at most so many times in a phase
-
-
-class Diverged(Exception):
-    """A loss that is no number, or far too large."""
-
-    def __init__(self, loss: float):
-        super().__init__(f"loss {loss}")
-        self.loss = loss
-
-
-# ---------------------------------------------------------------- where a phase is
-
-
-@dataclasses.dataclass
-class Progress:
-    """How far a phase is: `step` steps of epoch number `epoch` are done, counted from 0."""
-
-    epoch: int = 0
-    step: int = 0
-    sums: list = dataclasses.field(default_factory=lambda: [0.0] * 4)  # of this epoch: loss, weight, correct, examples
-    history: list = dataclasses.field(default_factory=list)  # a row per epoch
-    ended: bool = False  # by early stopping and its like
-    forgot: bool = False  # went beyond --forgetting-limit
-    best_epoch: int = 0  # of those that were kept; counted from 1
-    best_val_loss: float = math.inf
-    own_epoch: int = 0  # of all of this phase, kept or not; counted from 1
-    own_loss: float = math.inf
-    first_loss: float | None = None  # of the phase's first step
-    is_whole: bool = True  # false within a call of several steps, where only some may be done
-    rate_factor: float = 1.0  # of the learning rate, after rollbacks
-    rollbacks: list = dataclasses.field(default_factory=list)
-    best_weights: list = dataclasses.field(default_factory=list)  # numpy arrays, as are those of `right`
-    right: np.ndarray | None = None
-
-    def add(self, sums: np.ndarray, guessing_loss: float) -> None:
-        """Count a step in; raises Diverged where its loss is no number or far too large."""
-        loss = float(sums[0] / sums[1]) if sums[1] else 0.0
-        limit = EXPLODED * max(guessing_loss, self.first_loss or loss)
-        spent = len(self.rollbacks) == MOST_ROLLBACKS  # a large loss is then let be: the phase is undone in the end
-        if not math.isfinite(loss) or (loss > limit and not spent):
-            raise Diverged(loss)
-        self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.step += 1
-        self.sums = [float(a) + float(b) for a, b in zip(self.sums, sums)]
-
-    def book(self, val_loss: float, right: np.ndarray, best_weights: list | None) -> None:
-        """Note what validation gave; best_weights: of an epoch that is the best so far, and is kept."""
-        if best_weights is not None:
-            self.best_val_loss, self.best_epoch, self.best_weights = val_loss, self.epoch + 1, best_weights
-        if val_loss < self.own_loss:
-            self.own_loss, self.own_epoch, self.right = val_loss, self.epoch + 1, right
-
-    def end_epoch(self, row: dict) -> None:
-        """Append a row of history and turn to the next epoch."""
-        self.history.append(row)
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0] * 4
-
-    @property
-    def mean_loss(self) -> float:
-        return self.sums[0] / self.sums[1]
-
-    @property
-    def accuracy(self) -> float:
-        return self.sums[2] / self.sums[3]
-
-
-def take(progress: Progress, variables: list) -> tuple[dict, dict]:
-    """A copy of where a phase is: facts and arrays, as `write_state` takes them.
-
-    variables: what training changes besides `progress`, in an order that is always the same.
-    """
-    facts = {
-        field.name: getattr(progress, field.name)
-        for field in dataclasses.fields(progress)
-        if field.name not in ("best_weights", "right")
-    }
-    arrays = {f"variable{index}": value_of(variable) for index, variable in enumerate(variables)}
-    arrays |= {f"best{index}": value for index, value in enumerate(progress.best_weights)}
-    if progress.right is not None:
-        arrays["right"] = progress.right
-    return json.loads(json.dumps(facts, default=float)), arrays
-
-
-def put_back(state: tuple[dict, dict], variables: list) -> Progress:
-    """Give variables the values of a state; returns the progress that belongs to them."""
-    facts, arrays = state
-    for index, variable in enumerate(variables):
-        variable.assign(arrays[f"variable{index}"])
-    best = [arrays[f"best{index}"] for index in range(sum(name.startswith("best") for name in arrays))]
-    facts = json.loads(json.dumps(facts))  # a copy: the state may be needed again
-    facts.pop("seconds", None)
-    return Progress(**facts, best_weights=best, right=arrays.get("right"))
-
-
-def value_of(variable) -> np.ndarray:
-    """The value of a variable of TensorFlow or Keras, mirrored or not, as an array of its own."""
-    return np.array(variable.numpy())
-
-
-def is_good(state: tuple[dict, dict]) -> bool:
-    """Whether all that training goes on from is a number."""
-    return all(np.isfinite(value).all() for name, value in state[1].items() if value.dtype.kind == "f")
-
-
-# ---------------------------------------------------------------- files
-
-
-def write_state(path: pathlib.Path, facts: dict, arrays: dict) -> None:
-    """Write facts (what JSON holds) and arrays into one file, whole or not at all."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "w+b") as file:
-            pack(file, facts, arrays)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def pack(file, facts: dict, arrays: dict) -> None:
-    """Write facts and arrays to a binary file: an .npz, and the SHA-256 of that."""
-    text = json.dumps({"format": FORMAT, **facts}, default=float)
-    np.savez(file, facts=np.frombuffer(text.encode(), np.uint8), **arrays)
-    file.seek(0)
-    digest = hashlib.file_digest(file, "sha256").digest()
-    file.seek(0, os.SEEK_END)
-    file.write(digest)
-
-
-def unpack(data: bytes) -> tuple[dict, dict]:
-    """What `pack` has written. Raises ValueError where it is damaged, or of another format."""
-    content, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    if hashlib.sha256(content).digest() != digest:
-        raise ValueError("damaged")
-    with np.load(io.BytesIO(content)) as parts:
-        arrays = {name: parts[name] for name in parts.files}
-    facts = json.loads(arrays.pop("facts").tobytes())
-    if facts.pop("format") != FORMAT:
-        raise ValueError("of another version of Graft")
-    return facts, arrays
-
-
-def packed(facts: dict, arrays: dict) -> np.ndarray:
-    """As `pack`, [n] uint8."""
-    file = io.BytesIO()
-    pack(file, facts, arrays)
-    return np.frombuffer(file.getvalue(), np.uint8)
+ROLLBACK_RATE = 0.25  # by which the learning rate is multiplied when training goes back
 
 
 class Recovery:

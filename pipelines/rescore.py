@@ -35,7 +35,7 @@ class EvaluateConfig:
     path_column: str = "path"
     """Column of a manifest with the files, absolute or relative to the manifest's folder."""
     text_column: str = "text"
-    """Column of a manifest with the texts, for a text model."""
+    """Column of a manifest with the texts, for a text model; with what is said, for a speech model."""
     second_column: str = ""
     """Column of a manifest with the second texts (empty: text_b, for a text model that takes pairs)."""
     label_column: str = "label"
@@ -61,31 +61,26 @@ def evaluate_run(argv: list[str]) -> int:
     config = tyro.cli(EvaluateConfig, args=argv, prog="graft evaluate")
     version = runs.find_version(config.run)
     details = read_details(version)
+    if details.get("kind") == "speech":
+        from pipelines.speech_report import evaluate_speech
+
+        return evaluate_speech(config, version, details)
     class_names = details["class_names"]
     thresholds = np.array(details["thresholds"], np.float32) if "thresholds" in details else None
     found = labelled_files(config, details)
-    out = runs.choose_run_folder(
-        config.out or str(runs.free_name(pathlib.Path(config.run) / "evaluations", config.data)), ""
-    )
     kind = "text" if "pairs" in details else details.get("kind", "image")
-    answers = ask(version, len(found), reader_of(found, details))
-    skipped = [{"path": name_of(e), "reason": a["error"]} for e, a in zip(found, answers) if a["error"]]
-    if len(skipped) == len(found):
-        raise GraftError(f"--data {config.data}: none of the {len(found)} files could be read, the first: {skipped[0]}")
-    found, answers = zip(*((e, a) for e, a in zip(found, answers) if not a["error"]))
+    out, found, answers, skipped = answer_all(config, version, details, found)
     table = table_of(found, class_names, multi_label=thresholds is not None)
     probabilities = np.stack([answer["probabilities"] for answer in answers])
     targets = targets_of(table, len(class_names))
     metrics = served_metrics(config, class_names, thresholds, targets, probabilities)
     gathered = {
-        "title": f"{version.parent.name} on {pathlib.Path(config.data).name}",
+        "title": title_of(config, version),
         "kind": kind,
         "created": facts.now(),
         "command": f"graft evaluate {config.run} --data {config.data}",
         "verdicts": [],
-        "warnings": [f"{len(skipped)} files could not be read and were skipped (skipped.csv says why)."]
-        if skipped
-        else [],
+        "warnings": skipped_warning(skipped),
         "class_names": class_names,
         "examples": {"test": len(found), "skipped": len(skipped)},
         "class_counts": {"test": targets.sum(axis=0).astype(int).tolist()},
@@ -110,6 +105,35 @@ def evaluate_run(argv: list[str]) -> int:
     runs.write_json(out / "metrics.json", {"created": gathered["created"], "class_names": class_names, "test": metrics})
     console.print(f"[bold]{facts.headline(metrics)}[/] on {len(found):,} {facts.NOUNS[kind]}   {report}")
     return 0
+
+
+def answer_all(config: EvaluateConfig, version: pathlib.Path, details: dict, found: list) -> tuple:
+    """The folder to write, the labelled examples that have an answer, the answers, and path and reason of the others.
+
+    Raises:
+        GraftError: none has an answer, --out is taken.
+    """
+    out = config.out or str(runs.free_name(pathlib.Path(config.run) / "evaluations", config.data))
+    out = runs.choose_run_folder(out, "")
+    answers = ask(version, len(found), reader_of(found, details))
+    skipped = [{"path": name_of(e), "reason": a["error"]} for e, a in zip(found, answers) if a["error"]]
+    if len(skipped) == len(found):
+        raise GraftError(f"--data {config.data}: none of the {len(found)} files could be read, the first: {skipped[0]}")
+    found, answers = zip(*((e, a) for e, a in zip(found, answers) if not a["error"]))
+    return out, found, answers, skipped
+
+
+def title_of(config: EvaluateConfig, version: pathlib.Path) -> str:
+    return f"{version.parent.name} on {pathlib.Path(config.data).name}"
+
+
+def skipped_warning(skipped: list[dict]) -> list[str]:
+    return [f"{len(skipped)} files could not be read and were skipped (skipped.csv says why)."] if skipped else []
+
+
+def test_part(found: list) -> list:
+    """The test part of labelled examples, where they have one."""
+    return [example for example in found if example.split == "test"] or found
 
 
 def name_of(example) -> str:
@@ -160,13 +184,9 @@ def labelled_files(config: EvaluateConfig, details: dict) -> list:
 def find_labelled(config, details: dict) -> list:
     """The labelled examples of --data, of the kind that the model takes: the test part where the data has one."""
     if "pairs" in details:
-        found = labelled_texts(config, details)
-    else:
-        find = find_sounds if details.get("kind") == "audio" else find_images
-        found = find(config.data, config.path_column, config.label_column, config.group_column, config.data_dir)
-    if any(example.split for example in found):
-        found = [example for example in found if example.split == "test"] or found
-    return found
+        return test_part(labelled_texts(config, details))
+    find = find_sounds if details.get("kind") == "audio" else find_images
+    return test_part(find(config.data, config.path_column, config.label_column, config.group_column, config.data_dir))
 
 
 def table_of(found, class_names: list[str], multi_label: bool) -> pa.Table:

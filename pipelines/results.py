@@ -10,7 +10,7 @@ import numpy as np
 from models import GraftError
 from pipelines import facts, runs
 from pipelines.advice import run_advice
-from pipelines.calibration import calibrate, calibration_warnings
+from pipelines.calibration import calibrate, calibration_of_run, calibration_warnings
 from pipelines.console import console
 from pipelines.data import targets_of
 from pipelines.evaluate_multi_label import choose_thresholds
@@ -48,7 +48,7 @@ def published_before(folder: pathlib.Path, note: pathlib.Path) -> tuple[pathlib.
 
 
 def publish(
-    run_dir: pathlib.Path, write, samples: list, probabilities, otherwise=None, contract: dict | None = None
+    run_dir: pathlib.Path, write, samples: list, expected, otherwise=None, contract: dict | None = None
 ) -> tuple[pathlib.Path, dict]:
     """Export to RUN/serving/NAME/NUMBER, verified on examples before it gets its number.
 
@@ -56,7 +56,7 @@ def publish(
         write: (folder) -> what became of the weights; writes the SavedModel.
         otherwise: as `write`, used where constants change an answer too much, which noise did not show.
         samples: what the served model is asked, a list of bytes, or of pairs of bytes.
-        probabilities: [n, classes] float32, training's answers for them.
+        expected: training's answers to them, as `serving.verify.verify` takes them.
         contract: what training made of the probe of `serving.contract`; None: not known.
 
     Returns:
@@ -75,7 +75,7 @@ def publish(
         checked["weights"] = write(folder)["kept_as"]
 
     def check(temporary):
-        checked.update(verify(temporary, samples, probabilities, contract=contract))
+        checked.update(verify(temporary, samples, expected, contract=contract))
         checked["input_contract"] = contract
         if note.parent.is_dir():  # of a run that can be resumed
             runs.write_json(note, {"before": before, "checked": checked})
@@ -91,7 +91,7 @@ def publish(
             f"[yellow]Note: weights stay variables, which answer as training does, if slower. As constants they failed "
             f"verification at {why}"
         )
-        return publish(run_dir, otherwise, samples, probabilities, contract=contract)
+        return publish(run_dir, otherwise, samples, expected, contract=contract)
     return version, checked
 
 
@@ -193,3 +193,15 @@ def thresholds_of_run(run_dir: pathlib.Path, logits_of) -> np.ndarray:
             f"are gone or changed. Put them back, or train again."
         )
     return thresholds_for(val, logits_of(val))
+
+
+def as_it_ended(run_dir: pathlib.Path, config, state: dict, logits_of) -> tuple:
+    """What a later export of a run takes besides its model: test examples, thresholds, calibration, contract.
+
+    state: what `pipelines.runs.start_run_folder` noted; logits_of: of a table, by the model of the run.
+    """
+    multi_label = state.get("multi_label", False)
+    samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
+    thresholds = thresholds_of_run(run_dir, logits_of) if multi_label else None
+    calibration = None if multi_label else calibration_of_run(run_dir, config, logits_of)
+    return samples, thresholds, calibration, state.get("input_contract")

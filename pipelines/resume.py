@@ -11,7 +11,7 @@ import pathlib
 import tyro
 
 from models import GraftError
-from pipelines import options
+from pipelines import options, runs
 from pipelines.config import read_config
 from pipelines.console import console
 
@@ -62,7 +62,7 @@ def go_on(run_dir: pathlib.Path) -> int:
     if not os.path.isdir(place):
         raise GraftError(f"{run_dir} was begun in {place}, where its paths lead from, and that is gone.")
     os.chdir(place)
-    kind = state.get("kind", "text" if "text" in state.get("inputs", ()) else "image")
+    kind = runs.kind_of(state)
     config = read_config(run_dir / "config.yaml", getattr(options, f"{kind.capitalize()}Config"))
     console.print(f"Going on with {run_dir}")
     importlib.import_module(f"pipelines.{kind}").run(config, run_dir)

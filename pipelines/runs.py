@@ -119,12 +119,13 @@ def stopped(run_dir: pathlib.Path, what: str) -> GraftError:
     return error
 
 
-def start_run_folder(run_dir: pathlib.Path, config, splits, contract: dict | None = None) -> None:
+def start_run_folder(run_dir: pathlib.Path, config, splits, contract: dict | None = None, **more) -> None:
     """Make the run folder with what is known before training: config.yaml, skipped.csv, splits.csv, state.json.
 
     splits.csv names each example by its content hash and tells where it is: the path of a file, the text itself.
     contract: what training makes of the probe of `serving.contract`, for later exports to be held to.
     With `--report-inputs none` it holds no texts; then `graft export` has none to verify the served answers with.
+    more: what else state.json is to hold.
     """
     (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
     write_csv(run_dir / "skipped.csv", splits.skipped, ["path", "reason"])
@@ -140,8 +141,8 @@ def start_run_folder(run_dir: pathlib.Path, config, splits, contract: dict | Non
         for row in table.to_pylist()
     ]
     inputs = [name for name in INPUT_COLUMNS if name in splits.train.column_names]
-    private = "text" in inputs and config.report.report_inputs == "none"
-    columns = ["split", "class", "label", "group", "id", *([] if private else inputs)]
+    hidden = [name for name in inputs if name.startswith("text") and config.report.report_inputs == "none"]
+    columns = ["split", "class", "label", "group", "id", *(name for name in inputs if name not in hidden)]
     write_csv(run_dir / "splits.csv", rows, columns)
     state = {
         "kind": type(config).__name__.removesuffix("Config").lower(),
@@ -152,9 +153,15 @@ def start_run_folder(run_dir: pathlib.Path, config, splits, contract: dict | Non
         "working_directory": os.getcwd(),
         **({"kind": config.kind} if hasattr(config, "kind") else {}),
         "input_contract": contract,
+        **more,
     }
     write_json(run_dir / "checkpoints" / "state.json", state)
     write_text(run_dir / "config.yaml", config_yaml(config))  # last: a folder that has it can be resumed
+
+
+def kind_of(state: dict) -> str:
+    """The kind of a run, which is the module of `pipelines` that made it; state: what `start_run_folder` noted."""
+    return state.get("kind", "text" if "text" in state.get("inputs", ()) else "image")
 
 
 def serving_name(run_dir: pathlib.Path) -> str:

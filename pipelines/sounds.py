@@ -1,27 +1,20 @@
-"""Sounds and their labels: class folders, manifests, TFDS, the offline set -> examples -> Splits -> encoder input.
-
-WAV files are read as they are, by the same graph as in the served model. Anything else that soundfile reads (FLAC,
-OGG, MP3, ADPCM in WAV, ...) is decoded once to a WAV file in the cache, by content.
-"""
+"""Sounds and their labels: class folders, manifests, TFDS, the offline set -> examples -> Splits -> encoder input."""
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
-import hashlib
-import os
 import pathlib
 
 import numpy as np
 import pyarrow as pa
 
 from models import GraftError, offline
-from pipelines.console import progress_bar
-from pipelines.inspections import inspect_files
+from pipelines.huggingface import huggingface_examples
+from pipelines.inspections import read_files
 from pipelines.manifests import Example, manifest_files, read_manifests
+from pipelines.sound_files import FORMAT, SOUND_SUFFIXES, inspect_sounds
 from pipelines.sources import (
-    check_skipped,
     check_two_classes,
     drop_small_classes,
     files_in_class_folders,
@@ -29,16 +22,11 @@ from pipelines.sources import (
     refuse_columns,
     renamed_columns,
 )
-from pipelines.splits import fingerprint, make_splits
+from pipelines.splits import fingerprint, make_splits, rows_of
 from pipelines.tfds import PREFIX, tfds_sounds
 
 OFFLINE_SOUND_SETS = tuple(name for name, entry in offline.DATA.items() if entry["kind"] == "audio")
-# What counts as a sound by its name; what cannot be read is reported with the reason.
-SOUND_SUFFIXES = frozenset((".aac", ".aif", ".aiff", ".au", ".flac", ".m4a", ".mp3", ".oga", ".ogg", ".opus", ".wav"))
-FORMAT = 101  # in the table of what is known of files: raise it when `inspect_sounds` says other things
 SILENT = 1e-4  # largest sample, 0 to 1, of a clip that is called silent: -80 dB
-# What soundfile calls the samples of a file -> the samples of the WAV file that is made of it; others: 16 bits.
-SUBTYPES = {"PCM_24": "PCM_24", "PCM_32": "PCM_32", "FLOAT": "FLOAT", "DOUBLE": "FLOAT"}
 
 
 # ---------------------------------------------------------------- finding
@@ -53,8 +41,9 @@ def find_sounds(
 ) -> list[Example]:
     """List the clips of a folder, a manifest, a TFDS set or an offline set, sorted by path.
 
-    Layouts: FOLDER/class/..., FOLDER/{train,val,test}/class/..., a manifest (CSV, TSV, JSONL, Parquet), or a folder
-    with the manifests {train,val,test}.csv and the like. Needs no TensorFlow; only the first use of a TFDS set does.
+    Layouts: FOLDER/class/..., FOLDER/{train,val,test}/class/..., a manifest (CSV, TSV, JSONL, Parquet), a folder with
+    the manifests {train,val,test}.csv and the like, or a folder of Hugging Face `datasets`. Needs no TensorFlow; only
+    the first use of a TFDS set does.
 
     Args:
         path_column, label_column, group_column: what a manifest calls them.
@@ -68,6 +57,9 @@ def find_sounds(
     if data.startswith(PREFIX):
         refuse_columns(renamed, ("--path-column", "--group-column"), f"the TFDS set {data}")
         found, give = tfds_sounds(data, data_dir, label_column), "a set of at least two labels"
+    elif (in_set := huggingface_examples(pathlib.Path(data), label_column, group_column, "Audio")) is not None:
+        refuse_columns(renamed, ("--path-column",), f"the Hugging Face folder {data}")
+        found, give = in_set, "a set of at least two labels"
     elif files := manifest_files(data):
         found = read_manifests(files, path_column, label_column, group_column)
         give = "rows of at least two labels"
@@ -82,105 +74,6 @@ def find_sounds(
         give = "one folder of clips per class"
     check_two_classes(data, found, give)
     return found
-
-
-# ---------------------------------------------------------------- inspecting
-
-
-def inspect_sounds(paths: list[str], progress=lambda done: None) -> list[dict]:
-    """What each file is, in order, as `pipelines.inspections.inspect_files` wants it.
-
-    Returns:
-        error ("" where it can be used), and where it can: id (content hash of the WAV file), file (that file where it
-        was made in the cache, else ""), frames, rate_hz, channels and peak (0 to 1, of all samples).
-    """
-    facts = []
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        for fact in pool.map(_inspect_file, paths):
-            facts.append(fact)
-            progress(len(facts))
-    return facts
-
-
-def _inspect_file(path: str) -> dict:
-    try:
-        data = pathlib.Path(path).read_bytes()
-    except OSError as error:
-        return {"error": f"cannot be read: {error.strerror}"}
-    fact = _look(data)
-    if not fact["error"]:
-        return {**fact, "file": ""}
-    try:
-        made = decoded_file(path, data)
-    except Exception as error:  # soundfile raises many kinds, and what it says of a file that is no sound is terse
-        return {"error": fact["error"], "reader": str(error)}
-    return {**_look(made.read_bytes()), "file": str(made)}
-
-
-def _look(data: bytes) -> dict:
-    """What the served model's own reader says of a file."""
-    error, frames, channels, rate_hz, peak = (value.numpy() for value in _looker()(data))
-    if error:
-        return {"error": error.decode()}
-    identity = hashlib.sha256(data).hexdigest()[:16]
-    fact = {"frames": int(frames), "rate_hz": int(rate_hz), "channels": int(channels), "peak": float(peak)}
-    return {"error": "" if frames else "WAV file without a single sample", "id": identity, **fact}
-
-
-@functools.cache
-def _looker():
-    import tensorflow as tf
-
-    from models.audio_inputs import audio_error, decode_wav
-
-    @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
-    def look(data):
-        samples, rate_hz = decode_wav(data)
-        frames, channels = tf.unstack(tf.shape(samples))
-        return audio_error(data), frames, channels, rate_hz, tf.reduce_max(tf.abs(tf.pad(samples, [[0, 1], [0, 0]])))
-
-    return look
-
-
-def decoded_file(path: str, data: bytes) -> pathlib.Path:
-    """The WAV file in the cache that a sound file of another kind was decoded to; made where it is not there yet."""
-    import soundfile
-
-    made = offline.cache_folder() / "sounds" / f"{hashlib.sha256(data).hexdigest()[:16]}.wav"
-    if not made.is_file():
-        made.parent.mkdir(parents=True, exist_ok=True)
-        temporary = made.with_name(f".tmp-{os.getpid()}-{made.name}")
-        try:
-            write_wav(path, temporary, soundfile.info(path).subtype)
-            os.replace(temporary, made)
-        finally:
-            temporary.unlink(missing_ok=True)
-    return made
-
-
-def write_wav(source, target, subtype: str) -> None:
-    """Decode a file with soundfile to a WAV file; source and target are paths or files in memory."""
-    import soundfile
-
-    samples, rate_hz = soundfile.read(source, dtype="float32" if subtype != "PCM_32" else "float64", always_2d=True)
-    subtype = SUBTYPES.get(subtype, "PCM_16")
-    if subtype == "PCM_16":
-        samples = np.clip(samples, -1.0, 1.0)  # decoders of MP3 and OGG may give a little more
-    soundfile.write(target, samples, rate_hz, subtype=subtype, format="WAV")
-
-
-def wav_of(data: bytes) -> bytes:
-    """A sound file of any kind that soundfile reads as the bytes of a WAV file; as it is where it cannot be read."""
-    import io
-
-    import soundfile
-
-    try:
-        target = io.BytesIO()
-        write_wav(io.BytesIO(data), target, soundfile.info(io.BytesIO(data)).subtype)
-        return target.getvalue()
-    except (soundfile.SoundFileError, RuntimeError, TypeError, ValueError):
-        return data
 
 
 # ---------------------------------------------------------------- splitting
@@ -199,30 +92,20 @@ def load_sounds(found: list[Example], min_per_class: int = 0):
 
     found, dropped = drop_small_classes(found, min_per_class, "clip")
     paths = [example.path for example in found]
-    with progress_bar() as bar:
-        task = bar.add_task("reading clips", total=len(paths), note="")
-        done = lambda count: bar.update(task, completed=count)  # noqa: E731
-        facts = inspect_files(paths, done, inspect_sounds, FORMAT)
-    skipped = [{"path": path, "reason": fact["error"]} for path, fact in zip(paths, facts) if fact["error"]]
-    check_skipped(skipped, len(paths), "clips", "cannot be read")
+    facts, skipped = read_files(paths, "clips", inspect_sounds, FORMAT)
     fact_of = {example.path: fact for example, fact in zip(found, facts) if not fact["error"]}
     multi_label = is_multi_label(found)
     kept, _ = drop_small_classes([e for e in found if e.path in fact_of], min_per_class, "clip")
-    class_names = sorted({label for example in kept for label in example.labels})
-    index_of = {name: index for index, name in enumerate(class_names)}
-    rows, any_made = [], any(fact["file"] for fact in fact_of.values())
-    for example in kept:
-        fact, indices = fact_of[example.path], sorted(index_of[label] for label in example.labels)
-        rows.append(
-            {
-                "id": fact["id"],
-                "path": fact["file"] or example.path,
-                **({"source": example.path} if any_made else {}),
-                "label": indices if multi_label else indices[0],
-                "group": example.group or fact["id"],
-                "split": example.split,
-            }
-        )
+    any_made = any(fact["file"] for fact in fact_of.values())
+    inputs = [
+        {
+            "id": fact_of[example.path]["id"],
+            "path": fact_of[example.path]["file"] or example.path,
+            **({"source": example.path} if any_made else {}),
+        }
+        for example in kept
+    ]
+    rows, class_names = rows_of(kept, inputs, multi_label)
     # By content, not by path: the same clips give the same batches wherever they lie.
     rows.sort(key=lambda row: (row["id"], row["path"]))
     warnings = sound_warnings(dropped, min_per_class, skipped, [fact_of[example.path] for example in kept])

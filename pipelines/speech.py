@@ -7,7 +7,6 @@ Reads top to bottom: `run` is the whole story. TensorFlow is imported after the 
 
 from __future__ import annotations
 
-import base64
 import functools
 import pathlib
 import sys
@@ -15,33 +14,45 @@ import sys
 from models import GraftError
 from models.audio_families import audio_family_of
 from models.names import RANDOM, check_backbone_name, check_depth
-from pipelines import runs
-from pipelines.config import config_yaml, depth_blocks, parse_config
+from pipelines import facts, guards, ladder, recovery, resume, runs
+from pipelines.config import depth_blocks, parse_config, read_config
 from pipelines.console import console, print_trainable_table, start_tensorflow
+from pipelines.devices import settle
 from pipelines.options import SpeechConfig
-from pipelines.transcript_scores import error_rates, worst_transcripts
-from pipelines.transcripts import find_transcripts, load_transcripts, wav_bytes_of
+from pipelines.results import publish
+from pipelines.speech_report import headline, write_speech_report
+from pipelines.transcript_scores import error_rates
+from pipelines.transcripts import clip_reader, find_transcripts, load_transcripts, wav_bytes_of
 
 RUN_BYTES = 500_000_000  # free disk that a run needs: two checkpoints, export, report
 VERIFIED_EXAMPLES = 100  # most test clips whose served transcripts are compared with training's
-LARGEST_SOUND = 1_000_000  # bytes of a clip that the report plays
 
 
 def main(argv: list[str]) -> int:
-    run(parse_config(argv, SpeechConfig, "graft speech"))
+    config = parse_config(argv, SpeechConfig, "graft speech")
+    folder = resume.begun(config.run)
+    if folder:
+        return resume.go_on(folder)
+    run(config)
     return 0
 
 
-def run(config: SpeechConfig) -> pathlib.Path:
-    """Train, evaluate, export, verify and report as `config` says; returns the run folder."""
-    found, run_dir = check_request(config)  # needs no TensorFlow: a mistake answers at once
+def run(config: SpeechConfig, resumed: pathlib.Path | None = None) -> pathlib.Path:
+    """Train, evaluate, export, verify and report as `config` says; returns the run folder.
+
+    resumed: the folder of a run that goes on.
+    """
+    found, run_dir = check_request(config, resumed)  # needs no TensorFlow: a mistake answers at once
     console.print(f"Data: {len(found):,} transcripts in {config.input.data}")
     start_tensorflow(config.training.seed)
-    from pipelines.callbacks import ProgressPrinter
-    from pipelines.distribute import make_strategy
+    settle(config.training)
+    from pipelines.callbacks import ProgressPrinter, tensorboard
+    from pipelines.contract import trained_clip_contract
+    from pipelines.distribute import from_chief, is_chief, leave, make_strategy, shard_of
     from pipelines.speech_training import fit_speech, written
 
     strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
+    chief = is_chief(strategy)  # of several workers, the one that writes
     splits, counts = load_transcripts(found, config.input.normalise, config.input.longest_seconds)
     print_vocabulary(counts, config.input.normalise)
     for warning in splits.warnings:
@@ -49,69 +60,86 @@ def run(config: SpeechConfig) -> pathlib.Path:
     with strategy.scope():
         model = build_model(config, "".join(counts))
 
-    (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
-    runs.write_csv(run_dir / "skipped.csv", splits.skipped, ["path", "reason"])
-    runs.write_text(run_dir / "config.yaml", config_yaml(config))
-    save = functools.partial(runs.save_checkpoint, run_dir)
-    hooks = {"callbacks": [ProgressPrinter()], "on_start": print_trainable_table, "on_best": save}
-    phases, outputs_of = fit_speech(model, splits, config, strategy, **hooks)
+    with runs.explained(run_dir, shard_of(strategy)[1]):
+        # The head only, then the transformer too, or as deep as --depth says.
+        contract = trained_clip_contract(model.backbone.preprocess)
+        if chief:
+            runs.start_run_folder(run_dir, config, splits, contract, characters=model.characters)
+        every_s = config.training.checkpoint_seconds
+        saved = recovery.Recovery(run_dir if chief else None, every_s, functools.partial(from_chief, strategy))
+        phases, outputs_of = fit_speech(
+            model,
+            splits,
+            config,
+            strategy,
+            callbacks=[ProgressPrinter(), tensorboard(run_dir)] if chief else [],
+            on_start=print_trainable_table,
+            on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
+            recovery=saved,
+        )
 
-    answers = {name: written(outputs_of(table), model.characters) for name, table in named(splits)}
-    figures = {
-        name: error_rates(table["text"].to_pylist(), answers[name][0], config.training.seed)
-        for name, table in named(splits)
-    }
-    samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-    version, checked = publish_recogniser(model, config, run_dir, samples)
-    gathered = {
-        "kind": "speech",
-        "headline": headline(figures["test"], splits.test.num_rows),
-        "test": figures["test"],
-        "val": figures["val"],
-        "normalise": config.input.normalise,
-        "characters": counts,
-        "examples": {name: table.num_rows for name, table in zip(("train", "val", "test"), splits)},
-        "fingerprint": splits.fingerprint,
-        "backbone": {"name": model.backbone.name, **model.backbone.source},
-        "phases": phases,
-        "warnings": splits.warnings,
-        "serving": {"folder": str(version.relative_to(run_dir)), **checked},
-    }
-    report = write_report(run_dir, config, gathered, splits.test, *answers["test"])
-    runs.write_json(run_dir / "metrics.json", gathered)  # last: a run that has it is complete
+        # How many words and characters are wrong.
+        tables = {"val": splits.val, "test": splits.test}
+        answers = {name: written(outputs_of(table), model.characters) for name, table in tables.items()}
+        if not chief:
+            return leave(strategy, run_dir)
+        figures = {
+            name: error_rates(table["text"].to_pylist(), answers[name][0], config.training.seed)
+            for name, table in tables.items()
+        }
+
+        # A version for TensorFlow Serving, verified before it gets its number.
+        samples = splits.test.slice(0, VERIFIED_EXAMPLES)
+        version, checked = publish_recogniser(model, config, run_dir, samples, contract)
+
+        gathered = {
+            "title": run_dir.name,
+            "kind": "speech",
+            "created": facts.now(),
+            "headline": headline(figures["test"]),
+            "verdicts": verdicts(phases, config),
+            **figures,
+            **({"climb": ladder.story(phases)} if config.model.depth == "auto" else {}),
+            "forgetting": guards.story(phases, config.guards.forgetting_limit),
+            "normalise": config.input.normalise,
+            "characters": counts,
+            "examples": facts.split_sizes(splits),
+            "fingerprint": splits.fingerprint,
+            "backbone": {"name": model.backbone.name, **model.backbone.source},
+            "data": config.input.data,
+            "phases": phases,
+            "warnings": splits.warnings,
+            "serving": {"folder": str(version.relative_to(run_dir)), **checked},
+        }
+        said, paths = (splits.test[name].to_pylist() for name in ("text", "path"))
+        report = write_speech_report(run_dir, gathered, paths, said, *answers["test"], config.report.report_inputs)
+        runs.write_json(run_dir / "metrics.json", gathered)  # last: a run that has it is complete
+        saved.remove()
+        leave(strategy, run_dir)
     console.print(f"\n[bold]{gathered['headline']}")
+    for verdict in gathered["verdicts"]:
+        console.print(verdict)
     console.print(f"Look first: worst mistakes   {report}")
-    console.print(f"Served transcripts equal training's ({checked['files']} files)   {version}")
+    console.print(f"{facts.served_line(checked, 'clips')}   {version}")
     return run_dir
 
 
-def named(splits) -> list[tuple]:
-    return [("val", splits.val), ("test", splits.test)]
+def verdicts(phases: list[dict], config: SpeechConfig) -> list[str]:
+    """What one would tell a colleague about training, by validation: what was tried, and what came of it."""
+    climbed = [ladder.story(phases)["sentence"]] if config.model.depth == "auto" else []
+    return [*climbed, *guards.verdicts(phases, config.guards.forgetting_limit), *recovery.verdicts(phases)]
 
 
-def headline(rates: dict, clips: int) -> str:
-    """What one would tell a colleague."""
-    words, characters = (
-        f"{rates[f'{kind}_error_rate']:.3f} ({rates[f'{kind}_interval'][0]:.3f} to {rates[f'{kind}_interval'][1]:.3f})"
-        for kind in ("word", "character")
-    )
-    return f"Word error rate {words}, character error rate {characters} on {clips} test clips."
-
-
-def check_request(config: SpeechConfig):
+def check_request(config: SpeechConfig, resumed: pathlib.Path | None = None):
     """What can be checked without TensorFlow; returns the examples found and the run folder to make.
 
     Raises:
         GraftError: no manifest, an unknown backbone, or one of a family that has no frames to read, no place for the
             run.
     """
-    if config.model.depth == "auto":
-        raise GraftError(
-            "--depth auto: recognition has two phases. Give head, a number of blocks from the top, or full."
-        )
     data = config.input
     found = find_transcripts(data.data, data.path_column, data.text_column, data.group_column)
-    run_dir = runs.choose_run_folder(config.run.out, data.data)
+    run_dir = resumed or runs.choose_run_folder(config.run.out, data.data)
     runs.check_free_space(run_dir, RUN_BYTES)
     check_backbone_name(config.model.backbone, "audio")  # last: it may have to be downloaded
     return found, run_dir
@@ -143,69 +171,48 @@ def print_vocabulary(counts: dict[str, int], rule: str) -> None:
     console.print(f"Vocabulary ({len(counts)} characters, --normalise {rule}): {shown}", markup=False)
 
 
-def publish_recogniser(model, config: SpeechConfig, run_dir: pathlib.Path, samples) -> tuple[pathlib.Path, dict]:
-    """Export to RUN/serving/NAME/NUMBER, verified on a table of clips before it gets its number.
+def publish_recogniser(model, config: SpeechConfig, run_dir: pathlib.Path, samples, contract=None):
+    """Export and verify on a table of clips, as `pipelines.results.publish` does.
 
     What it must answer comes from the files through the whole model, one by one, nothing from the cache.
     """
     from serving.export_speech import export_recogniser
-    from serving.new_version import publish_version
-    from serving.verify_speech import verify_speech
 
-    checked, files, preprocess = {}, wav_bytes_of(samples), model.backbone.preprocess
+    files, preprocess, data = wav_bytes_of(samples), model.backbone.preprocess, config.input
 
     def write(folder):
         details = {"source": model.backbone.source}
-        export_recogniser(model, preprocess, folder, config.input.longest_seconds, config.input.normalise, details)
+        return export_recogniser(model, preprocess, folder, data.longest_seconds, data.normalise, details)
 
-    def check(folder):
-        checked.update(verify_speech(folder, files, *answers_of(model, files)))
+    texts, confidences = answers_of(model, files)
+    return publish(run_dir, write, files, {"transcript": texts, "confidence": confidences}, contract=contract)
 
-    with console.status("exporting and verifying the SavedModel"):
-        return publish_version(write, run_dir / "serving" / runs.serving_name(run_dir), check), checked
+
+def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict]:
+    """`graft export` of a run of recognition; state: what `runs.start_run_folder` noted."""
+    config = read_config(run_dir / "config.yaml", SpeechConfig)
+    start_tensorflow(config.training.seed)
+    model = build_model(config, state["characters"])
+    model.load_weights(runs.find_checkpoint(run_dir))
+    samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES)
+    return publish_recogniser(model, config, run_dir, samples, state.get("input_contract"))
 
 
 def answers_of(model, files: list[bytes]) -> tuple[list[str], list[float]]:
     """Training's side: WAV files -> transcripts and confidences, each file for itself through the whole model."""
     import tensorflow as tf
 
-    from models.audio_inputs import encoder_inputs, read_sound
     from models.recogniser import transcripts
+
+    read = clip_reader(model.backbone.preprocess)
 
     @tf.function(input_signature=[tf.TensorSpec([], tf.string)], autograph=False)
     def answer(data):
-        waveform = read_sound(data, model.backbone.preprocess)[None]
-        inputs = encoder_inputs(waveform, tf.ones_like(waveform, tf.int32), model.backbone.preprocess)
+        inputs = [tensor[None] for tensor in read(data, 0)]
         return transcripts(model(inputs, training=False), model.characters)
 
     answers = [answer(data) for data in files]
     return [text.numpy()[0].decode() for text, _ in answers], [float(sure.numpy()[0]) for _, sure in answers]
-
-
-def write_report(run_dir: pathlib.Path, config: SpeechConfig, gathered: dict, test, texts, confidences) -> pathlib.Path:
-    """Write report.html: error rates, the worst mistakes aligned and to listen to, training, vocabulary."""
-    import jinja2
-
-    shown = config.report.report_inputs == "all"
-    mistakes = worst_transcripts(test["text"].to_pylist(), texts, confidences) if shown else []
-    for mistake in mistakes:
-        path = pathlib.Path(test["path"][mistake["index"]].as_py())
-        mistake["file"], data = path.name, path.read_bytes()
-        if len(data) <= LARGEST_SOUND:
-            mistake["sound"] = f"data:audio/wav;base64,{base64.b64encode(data).decode()}"
-    template = pathlib.Path(__file__).with_name("speech.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(autoescape=True)
-    page = environment.from_string(template).render(
-        name=run_dir.name,
-        figures={"Test": gathered["test"], "Validation": gathered["val"]},
-        mistakes=mistakes,
-        counts=gathered["characters"],
-        data=config.input.data,
-        **{key: gathered[key] for key in ("headline", "warnings", "phases", "normalise", "examples", "serving")},
-        backbone=gathered["backbone"]["name"],
-    )
-    runs.write_text(run_dir / "report.html", page)
-    return run_dir / "report.html"
 
 
 if __name__ == "__main__":

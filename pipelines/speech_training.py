@@ -1,26 +1,20 @@
-"""Two phases for a recogniser, by the loop of `pipelines.training`: its objective is CTC, batches are of one length.
+"""Two phases for a recogniser, by `pipelines.training`: its objective is CTC, batches are of one length.
 
-There is no L-BFGS for the head, since every frame is an example of its own; both phases train on what crosses a cut.
+There is no L-BFGS for the head, since every frame is an example of its own; all phases train on what crosses a cut.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 
 import numpy as np
 import tensorflow as tf
 
-from models import freezing
-from models import optimizer as optimizers
 from models.recogniser import Recogniser, ctc_losses, greedy
 from models.wav2vec2_settings import frame_count
-from pipelines.config import budget_seconds, depth_blocks
-from pipelines.feeds import Feeds
-from pipelines.prediction import feed_predictor
 from pipelines.steps import Objective
-from pipelines.training import check_batch_size, fit_phase
+from pipelines.training import fit_two_phase
 from pipelines.transcript_scores import distance
 from pipelines.transcripts import clip_parts, clip_samples
 
@@ -69,59 +63,14 @@ def written(outputs: np.ndarray, characters: str) -> tuple[list[str], np.ndarray
     return texts, outputs[:, 1]
 
 
-def fit_speech(
-    model: Recogniser, splits, config, strategy, *, callbacks=(), on_start=None, on_best=None
-) -> tuple[list[dict], Callable]:
-    """The head on the frozen backbone first, then the blocks that --depth says too, at reduced rates.
-
-    A phase that does not improve validation is undone. Arguments as for `pipelines.training.fit_two_phase`.
+def fit_speech(model: Recogniser, splits, config, strategy, **hooks) -> tuple[list[dict], Callable]:
+    """Train as `pipelines.training.fit_two_phase` does; hooks: what that takes besides.
 
     Returns:
-        The phase dicts of `fit_phase`, and a function: table -> outputs of `speech_objective`, of the model as it is.
+        The phase dicts, and a function: table -> outputs of `speech_objective`, of the model as it leaves.
     """
-    options, preprocess = config.training, model.backbone.preprocess
-    check_batch_size(options, strategy.num_replicas_in_sync)
-    encoder = model.encoder
+    preprocess, encoder = model.backbone.preprocess, model.encoder
     longest = max(int(clip_samples(table, preprocess.sample_rate_hz).max()) for table in splits)
-    most_frames = max(frame_count(longest, encoder.kernels, encoder.strides), 1)
-    model.objective = speech_objective(most_frames)
-    read_inputs = functools.partial(clip_parts, preprocess=preprocess, batch_size=options.batch_size)
-    feeds = Feeds(model, splits, splits.train, None, config, strategy, read_inputs)
-    total, depth = len(model.blocks), depth_blocks(config.model.depth)
-    blocks = freezing.thawable_blocks(model) if depth is None else depth
-    deadline = time.perf_counter() + budget_seconds(options.budget)
-    more = {"options": options, "strategy": strategy, "callbacks": callbacks, "deadline": deadline}
-    phases, best = [], None
-
-    def run_phase(name: str, cut: int, epochs: int, rate: float, **others):
-        nonlocal best
-        if on_start:
-            on_start(name, freezing.trainable_table(model, rate, optimizers.block_multipliers(model)))
-        save = (lambda model: on_best(name, model)) if on_best else lambda model: None
-        feed = feeds.fine_tune(cut, config.fine_tune)
-        phase = fit_phase(
-            model,
-            name,
-            feed,
-            splits.train,
-            splits.val,
-            epochs=epochs,
-            learning_rate=rate,
-            on_best=save,
-            **more,
-            **others,
-        )
-        phase.pop("right")
-        phases.append(phase)
-        if phase["kept"] or best is None:
-            best = feed_predictor(feed.forward, feed.batches, strategy, model.objective.outputs)
-
-    freezing.freeze(model)
-    run_phase("head", total - 1, config.head.head_epochs, config.head.head_learning_rate)
-    epochs = config.fine_tune.fine_tune_epochs
-    if blocks and epochs and time.perf_counter() < deadline:
-        freezing.unfreeze_top(model, blocks)
-        rate, before = config.fine_tune.fine_tune_learning_rate, phases[0]
-        others = {"first_epoch": before["epochs"], "best_val_loss": before["val_loss"]}
-        run_phase("fine_tune", total - blocks, epochs, rate, **others)
-    return phases, best
+    model.objective = speech_objective(max(frame_count(longest, encoder.kernels, encoder.strides), 1))
+    read_inputs = functools.partial(clip_parts, preprocess=preprocess, batch_size=config.training.batch_size)
+    return fit_two_phase(model, splits, None, config, strategy, read_inputs=read_inputs, **hooks)

@@ -76,6 +76,22 @@ def make_splits(
     return tables
 
 
+def rows_of(examples, inputs: list[dict], multi_label: bool) -> tuple[list[dict], list[str]]:
+    """Labelled examples as the rows that `make_splits` takes, and the names of their classes, sorted.
+
+    Args:
+        examples: `pipelines.manifests.Example` or its like.
+        inputs: for each its id, and what it is by the names of INPUT_COLUMNS.
+    """
+    class_names = sorted({label for example in examples for label in example.labels})
+    index_of, rows = {name: index for index, name in enumerate(class_names)}, []
+    for example, given in zip(examples, inputs, strict=True):
+        indices = sorted(index_of[label] for label in example.labels)
+        label = indices if multi_label else indices[0]
+        rows.append({**given, "label": label, "group": example.group or given["id"], "split": example.split})
+    return rows, class_names
+
+
 def labels_of(row: dict) -> list[int]:
     """The labels of a row, one or several."""
     return row["label"] if isinstance(row["label"], list) else [row["label"]]

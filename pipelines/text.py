@@ -9,7 +9,6 @@ Reads top to bottom: `run` is the whole story. TensorFlow is imported after the 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import pathlib
 import sys
 
@@ -18,12 +17,12 @@ import numpy as np
 from models import GraftError
 from models.names import check_backbone_name, check_depth
 from pipelines import facts, resume, runs
-from pipelines.calibration import calibration_of_run, exported
+from pipelines.calibration import exported
 from pipelines.config import check_multi_label_flags, depth_blocks, parse_config, read_config
-from pipelines.console import console, print_trainable_table, start_tensorflow
+from pipelines.console import console, start_tensorflow
 from pipelines.devices import settle
 from pipelines.options import TextConfig
-from pipelines.results import VERIFIED_EXAMPLES, check_strict, publish, score, thresholds_of_run, write_results
+from pipelines.results import VERIFIED_EXAMPLES, as_it_ended, check_strict, publish, score, write_results
 from pipelines.sources import drop_small_classes, is_multi_label
 from pipelines.texts import find_texts, load_texts
 
@@ -50,16 +49,14 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     start_tensorflow(config.training.seed)
     settle(config.training)
     from pipelines.baselines import tfidf_baseline
-    from pipelines.callbacks import ProgressPrinter, tensorboard
     from pipelines.contract import trained_text_contract
-    from pipelines.distribute import from_chief, is_chief, is_tpu, leave, make_strategy, shard_of
+    from pipelines.distribute import is_chief, is_tpu, leave, make_strategy, shard_of
     from pipelines.evaluate import check_positive
-    from pipelines.label_checks import class_warnings, examiner
+    from pipelines.label_checks import class_warnings
     from pipelines.leakage import check_copies
-    from pipelines.recovery import Recovery
+    from pipelines.run_training import train_run
     from pipelines.tokens import text_predictor, token_parts, truncation_warning
-    from pipelines.training import fit_two_phase
-    from pipelines.transfer import judge_transfer, probe_verdict
+    from pipelines.transfer import judge_transfer
 
     strategy = make_strategy(config.training.distribute, config.training.devices, config.training.tpu)
     chief = is_chief(strategy)  # of several workers, the one that writes
@@ -81,45 +78,14 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
     def read_inputs(table):
         return token_parts(table, preprocess, one_length=is_tpu(strategy))
 
-    # Near copies across splits and wrong labels, once the frozen backbone has seen the examples; and whether what was
-    # pretrained is of use here at all: where the bare input says more, features have to change a lot.
-    examined, examine = examiner(splits, config)
-    probed = {}
-
-    def examine_features(features):
-        examine(features)
-        probed.update(probe_verdict(model, splits, None, config, read_inputs))
-        return probed["verdict"] == "hurts"
-
-    def test_phase(phase, logits_of):
-        """Test figures after each phase, for the report only: nothing is chosen by them."""
-        facts.add_test_figures(phase, splits, logits_of(splits.test))
-
     with runs.explained(run_dir, shard_of(strategy)[1]):
         # The head only, then the top blocks too, then all: for as long as it pays, or as deep as --depth says.
         contract = trained_text_contract(preprocess)
-        if chief:
-            runs.start_run_folder(run_dir, config, splits, contract)
-        every_s = config.training.checkpoint_seconds
-        recovery = Recovery(run_dir if chief else None, every_s, functools.partial(from_chief, strategy))
-        phases, logits_of = fit_two_phase(
-            model,
-            splits,
-            None,
-            config,
-            strategy,
-            callbacks=[ProgressPrinter(), tensorboard(run_dir)] if chief else [],
-            on_start=print_trainable_table,
-            on_best=functools.partial(runs.save_checkpoint, run_dir) if chief else None,
-            on_end=test_phase,
-            on_features=examine_features if chief else None,
-            recovery=recovery,
-            read_inputs=read_inputs,
-        )
+        trained = train_run(run_dir, config, "text", model, splits, None, strategy, contract, read_inputs)
         clock.lap("training")
 
         # How good it is, and what a simpler method reaches.
-        scored = score(splits, logits_of, config)
+        scored = score(splits, trained.logits_of, config)
         if not chief:
             return leave(strategy, run_dir)
         baseline = tfidf_baseline(splits, config.training.seed)
@@ -127,7 +93,7 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
 
         # The verdict on transfer, with what became of it.
         judged = model, splits, None, config, scored[0]["test"], read_inputs, baseline["accuracy"]
-        transfer = judge_transfer(*judged, probed=probed)
+        transfer = judge_transfer(*judged, probed=trained.probed)
         clock.lap("transfer verdict")
 
         # A version for TensorFlow Serving, verified before it gets its number.
@@ -137,9 +103,9 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
         version, checked = publish_texts(model, splits.class_names, run_dir, samples, predict, *scored[2:4], contract)
         clock.lap("export and verification")
 
-        findings = scored, version, checked, clock, transfer, examined, [baseline]
-        gathered, report = write_results(run_dir, config, "text", splits, model.backbone, phases, *findings)
-        recovery.remove()
+        findings = scored, version, checked, clock, transfer, trained.examined, [baseline]
+        gathered, report = write_results(run_dir, config, "text", splits, model.backbone, trained.phases, *findings)
+        trained.recovery.remove()
         leave(strategy, run_dir)
     facts.print_ending(gathered, run_dir, version, report)
     check_strict(config, gathered, run_dir)
@@ -235,15 +201,11 @@ def export_again(run_dir: pathlib.Path, state: dict) -> tuple[pathlib.Path, dict
     start_tensorflow(config.training.seed)
     from pipelines.tokens import text_predictor
 
-    class_names, multi_label = state["class_names"], state["multi_label"]
-    model = build_model(config, class_names, multi_label)
+    model = build_model(config, state["class_names"], state["multi_label"])
     model.load_weights(runs.find_checkpoint(run_dir))
     predict = text_predictor(model, model.backbone.preprocess, config.training.batch_size)
-    samples = runs.read_split(run_dir, "test", VERIFIED_EXAMPLES, multi_label)
-    thresholds = thresholds_of_run(run_dir, predict) if multi_label else None
-    calibration = None if multi_label else calibration_of_run(run_dir, config, predict)
-    contract = state.get("input_contract")
-    return publish_texts(model, class_names, run_dir, samples, predict, thresholds, calibration, contract)
+    samples, *ended = as_it_ended(run_dir, config, state, predict)
+    return publish_texts(model, state["class_names"], run_dir, samples, predict, *ended)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from pipelines.sources import (
     refuse_columns,
     renamed_columns,
 )
-from pipelines.splits import fingerprint, make_splits
+from pipelines.splits import fingerprint, make_splits, rows_of
 from pipelines.text_sets import huggingface_texts
 from pipelines.tfds import PREFIX, tfds_texts
 
@@ -160,27 +160,20 @@ def load_texts(found: list[TextExample], min_per_class: int = 0):
     check_skipped(skipped, len(found), "texts", "are empty")
     multi_label = is_multi_label(found)
     found, _ = drop_small_classes([example for example in found if not _is_empty(example)], min_per_class, "text")
-    class_names = sorted({label for example in found for label in example.labels})
     warnings = []
     if dropped:
         warnings.append(f"{len(dropped)} classes with fewer than {min_per_class} texts were left out: {dropped}.")
     if skipped:
         warnings.append(f"{len(skipped)} texts are empty and were skipped (skipped.csv says where).")
-    index_of = {name: index for index, name in enumerate(class_names)}
-    rows = []
-    for example in found:
-        identity, indices = text_id(example.text, example.text_b), sorted(index_of[name] for name in example.labels)
-        second = {} if example.text_b is None else {"text_b": example.text_b}
-        rows.append(
-            {
-                "id": identity,
-                "text": example.text,
-                **second,
-                "label": indices if multi_label else indices[0],
-                "group": example.group or identity,
-                "split": example.split,
-            }
-        )
+    inputs = [
+        {
+            "id": text_id(example.text, example.text_b),
+            "text": example.text,
+            **({} if example.text_b is None else {"text_b": example.text_b}),
+        }
+        for example in found
+    ]
+    rows, class_names = rows_of(found, inputs, multi_label)
     # By content, not by place: the same texts give the same batches in whatever order they come.
     rows.sort(key=lambda row: (row["id"], row["label"], row["group"], row["split"]))
     tables = make_splits(rows, class_names, warnings, "text")

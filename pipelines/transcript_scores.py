@@ -54,7 +54,8 @@ def error_rates(expected: list[str], found: list[str], seed: int = 0) -> dict:
 
     Returns:
         word_error_rate and character_error_rate, each with an interval (95%, bootstrap over transcripts), exact (the
-        share of transcripts without an error), words and characters (how many were said).
+        share of transcripts without an error), examples, words and characters (how many were said); headline: the one
+        figure by which versions are compared, as `pipelines.evaluate.evaluate` gives it: more is better.
     """
     result = {"exact": float(np.mean([a == b for a, b in zip(expected, found, strict=True)])) if expected else 0.0}
     for name, split in (("word", str.split), ("character", list)):
@@ -65,7 +66,9 @@ def error_rates(expected: list[str], found: list[str], seed: int = 0) -> dict:
         result[f"{name}_error_rate"] = float(errors.sum() / max(lengths.sum(), 1))
         result[f"{name}_interval"] = [float(bound) for bound in np.quantile(rates, [0.025, 0.975])]
         result[f"{name}s"] = int(lengths.sum())
-    return result
+    low, high = (1 - bound for bound in result["word_interval"][::-1])
+    right = {"metric": "words_right", "value": 1 - result["word_error_rate"], "interval": [low, high]}
+    return {**result, "examples": len(expected), "headline": {**right, "half_width": (high - low) / 2}}
 
 
 def worst_transcripts(expected: list[str], found: list[str], confidence, most: int = 12) -> list[dict]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import pathlib
 import unicodedata
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from models import GraftError
 from pipelines.console import progress_bar
+from pipelines.huggingface import huggingface_examples
 from pipelines.inspections import inspect_files
 from pipelines.manifests import Example, manifest_files, read_manifests
 from pipelines.sounds import FORMAT, inspect_sounds, sound_warnings
@@ -35,22 +37,27 @@ def normalised(text: str, rule: str) -> str:
 
 
 def find_transcripts(data: str, path_column: str = "path", text_column: str = "text", group_column: str = "group"):
-    """The examples of a manifest of transcripts, or of a folder of {train,val,test} manifests: labels are the texts.
+    """The examples of transcripts: labels are the texts.
+
+    From a manifest, a folder of {train,val,test} manifests, or a folder of Hugging Face `datasets`.
 
     Raises:
-        GraftError: no manifest, and all that `read_manifests` raises.
+        GraftError: none of these, and all that their readers raise.
     """
-    files = manifest_files(data) if data else {}
-    if not files:
-        raise GraftError(
-            f"--data {data or '(empty)'}: expected a manifest of transcripts (CSV, TSV, JSONL or Parquet) with the "
-            f"columns {path_column} and {text_column}, or a folder of train, val and test manifests."
-        )
-    # A vertical bar parts several labels of one example: a transcript has none.
     try:
-        found = read_manifests(files, path_column, text_column, group_column)
+        found = huggingface_examples(data, text_column, group_column, "Audio") if data else None
+        files = manifest_files(data) if data and found is None else {}
+        if files:
+            found = read_manifests(files, path_column, text_column, group_column)
     except GraftError as error:
         raise GraftError(str(error).replace("--label-column", "--text-column")) from None
+    if found is None:
+        raise GraftError(
+            f"--data {data or '(empty)'}: expected a manifest of transcripts (CSV, TSV, JSONL or Parquet) with the "
+            f"columns {path_column} and {text_column}, a folder of train, val and test manifests, or one of Hugging "
+            f"Face `datasets` with a column of sounds."
+        )
+    # A vertical bar in a manifest parts several labels of one example: a transcript has none.
     return [example._replace(labels=(" ".join(example.labels),)) for example in found]
 
 
@@ -110,8 +117,9 @@ def load_transcripts(found: list[Example], rule: str, longest_seconds: float):
     width = max(len(text) for values in texts.values() for text in values)
     for name, table in tables.items():
         tables[name] = with_transcripts(table, by_row, texts[name], "".join(counts), width)
+    said = {name: table.drop_columns("label").rename_columns({"text": "label"}) for name, table in tables.items()}
     splits = Splits(
-        **tables, class_names=["speech"], fingerprint=fingerprint(tables), white_level=255, skipped=skipped,
+        **tables, class_names=["speech"], fingerprint=fingerprint(said), white_level=255, skipped=skipped,
         warnings=warnings,
     )  # fmt: skip
     return splits, counts
@@ -154,18 +162,30 @@ class ClipRows:
         """As `pipelines.data.cached_dataset` wants it: a part, which of its clips [b] -> both inputs [b, samples]."""
         import tensorflow as tf
 
-        from models.audio_inputs import encoder_inputs, read_sound, window
-
         starts = np.cumsum([0, *(len(rows[0].paths) for rows in parts[:-1])])
         paths = tf.gather([path for rows in parts for path in rows[0].paths], tf.gather(starts, part) + indices)
-        samples = tf.gather([rows[0].shape[1] for rows in parts], part)
-
-        def read(path):
-            waveform, mask = window(read_sound(tf.io.read_file(path), self.preprocess), samples)
-            return tuple(tensor[0] for tensor in encoder_inputs(waveform[None], mask[None], self.preprocess))
-
+        samples, read = tf.gather([rows[0].shape[1] for rows in parts], part), clip_reader(self.preprocess)
         specs = tf.TensorSpec([None], tf.float32), tf.TensorSpec([None], tf.int32)
-        return list(tf.map_fn(read, paths, fn_output_signature=specs))
+        return list(tf.map_fn(lambda path: read(tf.io.read_file(path), samples), paths, fn_output_signature=specs))
+
+
+@functools.cache
+def clip_reader(preprocess):
+    """A WAV file's bytes, and samples to cut or pad it to (0: as long as it is) -> the encoder's two inputs [samples].
+
+    Traced once, not anew for every data set.
+    """
+    import tensorflow as tf
+
+    from models.audio_inputs import encoder_inputs, read_sound, window
+
+    @tf.function(input_signature=[tf.TensorSpec([], tf.string), tf.TensorSpec([], tf.int32)], autograph=False)
+    def read(data, samples):
+        sound = read_sound(data, preprocess)
+        waveform, mask = window(sound, tf.where(samples > 0, samples, tf.size(sound)))
+        return tuple(tensor[0] for tensor in encoder_inputs(waveform[None], mask[None], preprocess))
+
+    return read
 
 
 def clip_samples(table: pa.Table, rate_hz: int) -> np.ndarray:

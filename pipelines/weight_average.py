@@ -10,7 +10,7 @@ from __future__ import annotations
 from pipelines import ladder
 from pipelines.console import console
 from pipelines.data import targets_of
-from pipelines.steps import mean_loss_and_accuracy
+from pipelines.steps import objective_of
 
 SHARES = tuple(tenth / 10 for tenth in range(11))  # of the fine-tuned weights
 
@@ -23,7 +23,8 @@ def average_kept(guard, feed, logits_of, val, phases: list[dict], on_best=None) 
 
     Args:
         guard: `pipelines.guards.ForgettingGuard`, which holds the weights of the beginning.
-        feed, logits_of: what the kept phase trained on, and table -> logits [n, classes] through it.
+        feed, logits_of: what the kept phase trained on, and table -> logits [n, classes] through it, or the outputs of
+            the model's own objective.
         val: the validation table.
         phases: phase dicts. That of the phase whose weights the model has gets wise_ft: share (of the fine-tuned
             weights), kept (the guard's figures for it) and table, a row for each share: share, val_loss, val_accuracy,
@@ -44,7 +45,7 @@ def average_kept(guard, feed, logits_of, val, phases: list[dict], on_best=None) 
         else:
             set_share(ends, share)
             figures, passed = guard.look()
-            loss, accuracy = mean_loss_and_accuracy(targets, logits_of(val), guard.model.multi_label)
+            loss, accuracy = objective_of(guard.model).figures(targets, logits_of(val))
         row = {"share": share, "val_loss": loss, "val_accuracy": accuracy}
         table.append({**row, **({"cka": figures["cka"]} if figures else {}), "passed": passed})
     best = min((row for row in table if not row["passed"]), key=lambda row: (row["val_loss"], -row["share"]))

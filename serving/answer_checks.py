@@ -14,16 +14,17 @@ LABELS_FILE = "assets.extra/labels.txt"
 DETAILS_FILE = "assets.extra/graft.json"
 ROWS = 3  # different items that the later steps put into batches
 BATCH = 16  # samples per call where answers are compared
+ANSWERS = ("probabilities", "transcript", "confidence")  # outputs that are compared: all others follow from these
 
 
 def check_answers(
     session, samples, expected, tolerance, class_names, thresholds=None, unsure_below=None
 ) -> tuple[float, list[bytes]]:
-    """Compare serving_default's probabilities with the expected ones; return the largest difference.
+    """Compare serving_default's answers with the expected ones; return the largest difference.
 
-    `thresholds` [classes] float32 are those of a multi-label model: what it chooses must fit its probabilities, so
-    that it is what training chooses, but for a probability within `tolerance` of its threshold. Likewise
-    `unsure_below`, the best score from which an answer is sure.
+    `expected` is as `by_output` takes it. `thresholds` [classes] float32 are those of a multi-label model: what it
+    chooses must fit its probabilities, so that it is what training chooses, but for a probability within `tolerance` of
+    its threshold. Likewise `unsure_below`, the best score from which an answer is sure.
     Also returns up to ROWS samples that have no error, for the next steps.
     """
     if not samples:
@@ -33,31 +34,61 @@ def check_answers(
     if [dtype for dtype, _ in inputs.values()] != ["string"] * width:
         wanted = "a single one, of strings" if width == 1 else f"{width} of strings"
         raise CheckFailed(f"signature serving_default: inputs {inputs}, expected {wanted}")
-    batches = [samples[start : start + BATCH] for start in range(0, len(samples), BATCH)]
+    expected = by_output(expected)
+    # Where two characters are as likely, a last bit decides, which depends on the neighbours' lengths.
+    size = 1 if "transcript" in expected else BATCH
+    batches = [samples[start : start + size] for start in range(0, len(samples), size)]
     answers = [
         run_checked(session, "serving_default", input_columns(inputs, batch), class_names, thresholds, unsure_below)
         for batch in batches
     ]
-    if "probabilities" not in answers[0]:
-        raise CheckFailed(f"signature serving_default: outputs {sorted(answers[0])}, expected probabilities")
-    served = np.concatenate([answer["probabilities"] for answer in answers])
+    if not expected.keys() <= answers[0].keys():
+        raise CheckFailed(f"signature serving_default: outputs {sorted(answers[0])}, expected {', '.join(expected)}")
     errors = [b""] * len(samples)
     if "error" in answers[0]:
         errors = [error for answer in answers for error in answer["error"]]
-    if served.shape != expected.shape:
-        raise CheckFailed(f"probabilities {list(served.shape)}, expected {list(expected.shape)}")
-    difference = np.abs(served - expected)
-    item, column = np.unravel_index(np.argmax(difference), difference.shape)  # a NaN counts as largest
-    largest = float(difference[item, column])
-    if not largest <= tolerance:
-        reason = f"; served error: {errors[item].decode()}" if errors[item] else ""
-        raise CheckFailed(
-            f"item {item} of {len(samples)}: the served probability of class {column} is "
-            f"{served[item, column]:.6f}, expected {expected[item, column]:.6f} (difference {largest:.2g}, "
-            f"allowed {tolerance:.1g}){reason}"
-        )
+    largest = 0.0
+    for name, values in expected.items():
+        served = np.concatenate([answer[name] for answer in answers])
+        largest = max(largest, compare_output(name, served, values, errors, tolerance))
     good = [sample for sample, error in zip(samples, errors, strict=True) if not error]
     return largest, good[:ROWS]
+
+
+def by_output(expected) -> dict[str, np.ndarray]:
+    """Expected answers as {output: values [n, ...]}, float32 or str; an array is of probabilities [n, classes]."""
+    if not isinstance(expected, dict):
+        expected = {"probabilities": np.asarray(expected, np.float32)}
+    return {name: np.asarray(values) for name, values in expected.items()}
+
+
+def compare_output(name: str, served, expected, errors, tolerance) -> float:
+    """The largest difference of an output [n, ...] from what is expected; texts must be equal. errors: the served ones.
+
+    Raises CheckFailed for one above the tolerance.
+    """
+    if served.shape != expected.shape:
+        raise CheckFailed(f"{name} {list(served.shape)}, expected {list(expected.shape)}")
+    is_text, served = served.dtype == object, texts_of(served)
+    difference = np.where(served == expected, 0.0, np.inf) if is_text else np.abs(served - expected)
+    place = np.unravel_index(np.argmax(difference), difference.shape)  # a NaN counts as largest
+    largest = float(difference[place])
+    if largest <= tolerance:
+        return largest
+    found, wanted = (repr(str(values[place])) if is_text else f"{values[place]:.6f}" for values in (served, expected))
+    limits = "" if is_text else f" (difference {largest:.2g}, allowed {tolerance:.1g})"
+    reason = f"; served error: {errors[place[0]].decode()}" if errors[place[0]] else ""
+    what = f"probability of class {place[1]}" if name == "probabilities" else name
+    raise CheckFailed(
+        f"item {place[0]} of {len(served)}: the served {what} is {found}, expected {wanted}{limits}{reason}"
+    )
+
+
+def texts_of(values: np.ndarray) -> np.ndarray:
+    """An output of bytes as one of str; anything else as it is."""
+    if values.dtype != object:
+        return values
+    return np.array([value.decode() for value in values.flat], str).reshape(values.shape)
 
 
 def input_columns(inputs, samples) -> dict[str, list[bytes]]:
@@ -86,6 +117,8 @@ def run_checked(session, signature, inputs, class_names, thresholds, unsure_belo
         check_chosen(signature, outputs, thresholds)
     if "scores" in outputs and (unsure_below is not None or "unsure" in outputs):
         check_unsure(signature, outputs, unsure_below)
+    if {"transcript", "confidence", "error"} <= set(outputs):
+        check_transcripts(signature, outputs)
     return outputs
 
 
@@ -161,6 +194,16 @@ def check_unsure(signature, outputs, unsure_below) -> None:
             f"signature {signature}, row {row}: unsure {bool(outputs['unsure'][row])} does not fit its best score "
             f"{outputs['scores'][row, 0]:.6f} and unsure_below {unsure_below:.6f} of {DETAILS_FILE}"
         )
+
+
+def check_transcripts(signature, outputs) -> None:
+    """A confidence is a share of one; an item with an error has none, and no transcript."""
+    for row, (text, sure, error) in enumerate(zip(*(outputs[name] for name in ("transcript", "confidence", "error")))):
+        if (text or sure) if error else not 0 <= sure <= 1 + 1e-6:
+            raise CheckFailed(
+                f"signature {signature}, row {row}: transcript {text!r}, confidence {sure} and error {error!r} do not "
+                f"fit each other"
+            )
 
 
 def read_class_names(folder) -> list[str]:

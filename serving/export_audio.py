@@ -51,13 +51,17 @@ def export_audio_classifier(
             logits = logits / tf.constant(temperature, tf.float32)
         return features, tf.nn.sigmoid(logits) if model.multi_label else tf.nn.softmax(logits)
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    def read(audio_bytes):
+        """Traced once for all signatures, which takes seconds."""
+        # Reading has no GPU kernels; without this pin the placer may spread its inputs over devices.
+        with tf.device("/CPU:0"):
+            return read_windows_of_many(audio_bytes, preprocess)
+
     def apply_bytes(audio_bytes):
         """A row is lent where there are none: not every op of an encoder takes an empty batch."""
         count = tf.shape(audio_bytes)[0]
-        # Reading has no GPU kernels; without this pin the placer may spread its inputs over devices.
-        with tf.device("/CPU:0"):
-            lent = tf.fill([tf.maximum(1 - count, 0)], "")
-            inputs, rows, errors = read_windows_of_many(tf.concat([audio_bytes, lent], 0), preprocess)
+        inputs, rows, errors = read(tf.concat([audio_bytes, tf.fill([tf.maximum(1 - count, 0)], "")], 0))
         return [values[:count] for values in (*apply(inputs, rows), errors)]
 
     def answers(probabilities, errors):
@@ -91,7 +95,7 @@ def export_audio_classifier(
     weights = as_variables([weight.value for weight in [*model.encoder.weights, *model.head.weights]], MATRICES)
     known = {"kind": "audio", "preprocess": dataclasses.asdict(preprocess), "weights": weights}
     known |= calibration_details(temperature, unsure_below)
-    (windows, masks), _, _ = read_windows_of_many(tf.constant([sound_probe()]), preprocess)
+    (windows, masks), _, _ = read(tf.constant([sound_probe()]))
     known["input_contract"] = sound_contract(windows[0], masks[0], preprocess.sample_rate_hz)
     write_assets(folder, model, class_names, thresholds, {**(details or {}), **known})
     return weights

@@ -13,7 +13,9 @@ from models.audio_inputs import audio_error, encoder_inputs, read_sound
 from models.backbone import AudioPreprocess
 from models.recogniser import transcripts
 from serving.answer_checks import DETAILS_FILE
+from serving.contract import sound_contract, sound_probe
 from serving.export import write_archive
+from serving.folding import MATRICES, as_variables
 
 NO_SAMPLES = "no samples: expected a sound of at least one"
 
@@ -25,7 +27,7 @@ def export_recogniser(
     longest_seconds: float = 30.0,
     normalise: str = "letters",
     details: dict | None = None,
-) -> None:
+) -> dict:
     """Write `model` (a models.recogniser.Recogniser) into `folder` as a SavedModel for WAV files.
 
     Signatures, n being unknown and rows independent of each other:
@@ -34,7 +36,8 @@ def export_recogniser(
       item with an error, a sound longer than `longest_seconds` among them, has no transcript and confidence 0.
     - `waveform`: waveform [n, samples] float32, mono, -1 to 1, at `preprocess.sample_rate_hz` -> the same.
 
-    `assets.extra/graft.json` holds `details`, the characters and the rule `normalise` that transcripts follow.
+    `assets.extra/graft.json` holds `details`, the characters and the rule `normalise` that transcripts follow. Weights
+    stay variables, as what is returned says.
     """
     longest = round(longest_seconds * preprocess.sample_rate_hz)
     too_long = f"sound is longer than {longest_seconds:g} s, the most that this model takes: cut it"
@@ -60,14 +63,18 @@ def export_recogniser(
             "error": errors,
         }
 
+    @tf.function(input_signature=[tf.TensorSpec([None], tf.string)], autograph=False)
+    def read(audio_bytes):
+        """Waveforms [n, samples], how many of the samples are their own [n], and errors [n]; traced once."""
+        with tf.device("/CPU:0"):  # reading has no GPU kernels
+            specs = (tf.RaggedTensorSpec([None], tf.float32, ragged_rank=0), tf.TensorSpec([], tf.string))
+            waveforms, errors = tf.map_fn(read_one, audio_bytes, fn_output_signature=specs)
+            return waveforms.to_tensor(), waveforms.row_lengths(), errors
+
     def serve_bytes(audio_bytes):
         count = tf.shape(audio_bytes)[0]
-        with tf.device("/CPU:0"):  # reading has no GPU kernels
-            # A row is lent where there are none: not every op of an encoder takes an empty batch.
-            rows = tf.concat([audio_bytes, tf.fill([tf.maximum(1 - count, 0)], "")], 0)
-            specs = (tf.RaggedTensorSpec([None], tf.float32, ragged_rank=0), tf.TensorSpec([], tf.string))
-            waveforms, errors = tf.map_fn(read_one, rows, fn_output_signature=specs)
-        outputs = answer(waveforms.to_tensor(), waveforms.row_lengths(), errors)
+        # A row is lent where there are none: not every op of an encoder takes an empty batch.
+        outputs = answer(*read(tf.concat([audio_bytes, tf.fill([tf.maximum(1 - count, 0)], "")], 0)))
         return {name: values[:count] for name, values in outputs.items()}
 
     def serve_waveform(waveform):
@@ -85,6 +92,12 @@ def export_recogniser(
     write_archive(folder, endpoints)
     known = {"kind": "speech", "backbone": model.backbone.name, "preprocess": dataclasses.asdict(preprocess)}
     known |= {"characters": model.characters, "normalise": normalise, "longest_seconds": longest_seconds}
+    probe, _, _ = read(tf.constant([sound_probe()]))
+    (waveform,), (mask,) = encoder_inputs(probe, tf.ones_like(probe, tf.int32), preprocess)
+    known["input_contract"] = sound_contract(waveform, mask, preprocess.sample_rate_hz)
+    weights = as_variables([weight.value for weight in [*model.encoder.weights, *model.head.weights]], MATRICES)
+    known["weights"] = weights
     file = Path(folder) / DETAILS_FILE
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps({**(details or {}), **known}, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return weights

@@ -31,6 +31,7 @@ from pathlib import Path
 import numpy as np
 
 from models import GraftError
+from serving.answer_checks import ANSWERS, by_output, texts_of
 from serving.batch_checks import made_rows
 from serving.libraries import RELEASES, packages_with
 from serving.runtime import SessionError
@@ -38,7 +39,8 @@ from serving.session import Session
 from serving.static_checks import CheckFailed
 from serving.steps import STEPS, in_fresh_process
 
-PROBABILITY_TOLERANCE = 1e-5  # absolute
+TOLERANCE = 1e-5  # absolute, of a probability
+EXPECTED = "expected "  # before the names of outputs, in a file of samples
 
 
 class VerificationError(GraftError):
@@ -50,18 +52,19 @@ class VerificationError(GraftError):
 def verify(
     folder,
     samples,
-    expected_probabilities,
+    expected,
     target="2.20",
-    tolerance=PROBABILITY_TOLERANCE,
+    tolerance=TOLERANCE,
     packages=None,
     contract: dict | None = None,
 ) -> dict:
     """Verify the version folder `folder` in a fresh process; raises VerificationError.
 
     samples: raw inputs of `serving_default`, a list of bytes; of a model with several inputs a list of tuples of
-    bytes, in the order of the inputs' names. expected_probabilities: the training side's
-    answers to them, [n, classes] float32, zeros for an item that cannot be read; on a GPU computed with
-    TF32 off. The server runs on the CPU meanwhile, so that it leaves the GPU to its parent.
+    bytes, in the order of the inputs' names. expected: the training side's answers to them, probabilities
+    [n, classes] float32, zeros for an item that cannot be read; of a model that answers otherwise {output: values [n]},
+    of which texts must be equal. On a GPU they are computed with TF32 off. The server runs on the CPU meanwhile, so
+    that it leaves the GPU to its parent.
     packages: a folder whose `tensorflow` to use instead of the installed one (`serving.libraries.packages_with`).
     contract: what training made of the probe of `serving.contract`, which the version must make of it too.
 
@@ -78,8 +81,8 @@ def verify(
             data=np.frombuffer(b"".join(parts), np.uint8),
             lengths=np.array([len(part) for part in parts], np.int64),
             width=width,  # of a tuple; 0: samples are no tuples
-            expected=np.asarray(expected_probabilities, np.float32),
             contract=json.dumps(contract),
+            **{EXPECTED + name: values for name, values in by_output(expected).items()},
         )
         command = [sys.executable, "-m", "serving.verify", str(Path(folder).absolute()), "--json"]
         command += ["--samples", str(file), "--target", target, "--tolerance", repr(float(tolerance))]
@@ -149,23 +152,26 @@ def verify_with_libraries(folder, samples, expected, target, tolerance) -> dict:
     return result
 
 
-def made_samples(folder) -> tuple[list, np.ndarray | None]:
-    """Made-up samples and the installed TensorFlow's probabilities for them; none where it takes other than strings."""
+def made_samples(folder) -> tuple[list, dict]:
+    """Made-up samples and the installed TensorFlow's answers to them; none where it takes other than strings."""
     with Session(folder) as session:
         signature = session.signatures["serving_default"]
         inputs = signature["inputs"]
-        if "probabilities" not in signature["outputs"] or any(dtype != "string" for dtype, _ in inputs.values()):
-            return [], None
+        compared = [name for name in ANSWERS if name in signature["outputs"]]
+        if not compared or any(dtype != "string" for dtype, _ in inputs.values()):
+            return [], {}
         rows = {name: made_rows(name, *inputs[name], []) for name in sorted(inputs)}
-        expected = session.run("serving_default", rows)["probabilities"]
-    return list(zip(*rows.values(), strict=True)) if len(rows) > 1 else list(*rows.values()), expected
+        answers = session.run("serving_default", rows)
+    samples = list(zip(*rows.values(), strict=True)) if len(rows) > 1 else list(*rows.values())
+    return samples, {name: texts_of(answers[name]) for name in compared}
 
 
 def read_samples(file):
-    """Samples and expected probabilities, as `verify` writes them."""
+    """Samples and expected answers, as `verify` writes them."""
     with np.load(file) as content:
         data, ends = content["data"].tobytes(), [0, *np.cumsum(content["lengths"]).tolist()]
-        expected, width = content["expected"], int(content["width"])
+        width = int(content["width"])
+        expected = {name.removeprefix(EXPECTED): content[name] for name in content if name.startswith(EXPECTED)}
     parts = [data[start:end] for start, end in itertools.pairwise(ends)]
     return list(zip(*[iter(parts)] * width, strict=True)) if width else parts, expected
 
@@ -192,12 +198,12 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--tolerance",
         type=float,
-        default=PROBABILITY_TOLERANCE,
-        help="largest difference of a probability (default: %(default)s)",
+        default=TOLERANCE,
+        help="largest difference of a probability or confidence (default: %(default)s)",
     )
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON")
     options = parser.parse_args(arguments)
-    samples, expected = read_samples(options.samples) if options.samples else ([], None)
+    samples, expected = read_samples(options.samples) if options.samples else ([], {})
     say = (lambda line: None) if options.json else print
     checked = (options.folder, samples, expected, options.target, options.tolerance)
     try:

@@ -8,6 +8,7 @@ made up, noise and random words, so that nothing of the training set is publishe
 from __future__ import annotations
 
 import io
+import math
 import os
 import wave
 from pathlib import Path
@@ -119,7 +120,8 @@ def noise_jpeg(seed: int, details: dict) -> bytes:
 def noise_samples(seed: int, details: dict) -> np.ndarray:
     """Faint noise as long as the window that the model hears, [samples] float32, at its own sample rate."""
     heard = {"sample_rate_hz": RATE_HZ, "window_seconds": WINDOW_SECONDS, **details.get("preprocess", {})}
-    count = max(1, round(heard["sample_rate_hz"] * heard["window_seconds"]))
+    seconds = min(heard["window_seconds"], details.get("longest_seconds", math.inf))
+    count = max(1, round(heard["sample_rate_hz"] * seconds))
     return np.random.default_rng(seed).uniform(-0.1, 0.1, count).astype(np.float32)
 
 

@@ -25,6 +25,8 @@ from tests.embedded_server import running
 from tests.test_page import answers, browser, drop, opened, rows_of  # noqa: F401 (a fixture)
 from tests.tiny_sounds import PITCHES_HZ, tone, write_tones, write_whisper
 
+FIXTURES = pathlib.Path(__file__).parent / "fixtures"
+
 
 def run(data, backbone, out, *more):
     words = ["--data", data, "--backbone", backbone, "--out", out, "--fine-tune-epochs", 2, "--batch-size", 8]
@@ -169,6 +171,19 @@ def test_export_makes_the_next_version_with_the_same_answers(run_dir, session, t
     with Session(copy / "serving" / "tones" / "2") as again:
         answers = again.run("serving_default", asked)["probabilities"]
     np.testing.assert_allclose(answers, session.run("serving_default", asked)["probabilities"], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["wav2vec2_base", "hubert_large"])
+def test_a_head_on_wav2vec2_and_on_hubert(data, family, tmp_path):
+    """Both layouts, random weights: verified when exported; a clip answers alone as in a batch with a longer one."""
+    out = run(data, FIXTURES / "wav2vec2" / family, tmp_path / "run", "--depth", "head")
+    sounds = [wav_bytes(tone(500, seconds, rate), rate) for seconds, rate in ((0.2, 16_000), (0.7, 8_000), (3, 44_100))]
+    with Session(out / "serving" / "run" / "1") as session:
+        together = session.run("serving_default", {"audio_bytes": sounds})["probabilities"]
+        for index, sound in enumerate(sounds):
+            alone = session.run("serving_default", {"audio_bytes": [sound]})["probabilities"][0]
+            np.testing.assert_allclose(alone, together[index], atol=1e-4)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from pipelines import calibration, facts
 from pipelines.__main__ import main
-from pipelines.options import GuardOptions
+from pipelines.common_options import GuardOptions
 from serving.session import Session
 from serving.verify import VerificationError, verify
 from tests.conftest import tiny_backbone

@@ -194,7 +194,8 @@ def test_the_report_shows_the_climb_as_a_table(tmp_path):
 
 
 def test_where_transfer_hurts_the_whole_backbone_goes_further_unless_a_rate_was_asked_for():
-    from pipelines.options import FineTuneOptions, TextFineTuneOptions
+    from pipelines.image_options import FineTuneOptions
+    from pipelines.text_options import TextFineTuneOptions
 
     usual = FineTuneOptions()
     assert ladder.far_options(usual, far=False) is usual

@@ -20,7 +20,8 @@ from models.classifier import Classifier
 from pipelines import recovery, resume, runs, stopping, training
 from pipelines.__main__ import main
 from pipelines.data import image_loader, load_images
-from pipelines.recovery import Progress, Recovery
+from pipelines.progress import Progress, put_back
+from pipelines.recovery import Recovery
 from pipelines.results import published_before
 from pipelines.sources import find_images
 from tests.conftest import tiny_backbone, write_png_folder
@@ -178,7 +179,7 @@ def test_a_state_is_read_as_it_was_written(tmp_path):
     again = Recovery(tmp_path)
     again.begin("head")
     variable = tf.Variable(np.zeros(3, "f4"))
-    progress = recovery.put_back(again.newest_state(), [variable])
+    progress = put_back(again.newest_state(), [variable])
     assert progress.history == [{"loss": 0.1 + 0.2, "val_loss": float(np.float32(0.1))}]
     assert (progress.step, progress.mean_loss, progress.best_val_loss) == (5, 0.75, np.inf)
     np.testing.assert_array_equal(variable.numpy(), [0, 1, 2])

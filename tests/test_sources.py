@@ -1,5 +1,6 @@
 """TFDS sets and folders of Hugging Face's `datasets`, against the same images as plain files."""
 
+import collections
 import json
 import pathlib
 import shutil
@@ -8,15 +9,18 @@ import time
 import numpy as np
 import pyarrow as pa
 import pytest
+import soundfile
 from pyarrow import csv, parquet
 
 from models import GraftError
 from pipelines.huggingface import huggingface_examples
 from pipelines.records import Record, graft_splits, write_once
+from pipelines.sounds import find_sounds
 from pipelines.tfds import tfds_examples
+from pipelines.transcripts import find_transcripts
 from tests.conftest import write_png_folder
 
-FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "hf_datasets"  # made by the real `datasets`: see make.py
+FIXTURE = pathlib.Path(__file__).parent / "fixtures" / "hf_datasets"  # made by the real `datasets`: see make*.py there
 # What tables note of their columns, as `datasets` writes it.
 FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -275,6 +279,29 @@ def test_real_files_of_datasets(layout):
     found = huggingface_examples(FIXTURE / layout)
     assert contents(found) == folder_contents(FIXTURE / "files", SPLITS)
     assert huggingface_examples(FIXTURE / layout) == found
+
+
+def test_real_files_of_datasets_of_sounds():
+    found = find_sounds(str(FIXTURE / "sounds" / "saved"))
+    assert collections.Counter((example.split, *example.labels) for example in found) == {
+        ("train", "high"): 3, ("train", "low"): 3, ("test", "high"): 1, ("test", "low"): 1,
+    }  # fmt: skip
+    assert all(soundfile.info(example.path).frames == 400 for example in found)
+    spoken = find_transcripts(str(FIXTURE / "sounds" / "hub"), text_column="sentence")
+    assert [example.labels[0] for example in spoken if example.split == "test"] == [
+        f"It is {name}, number 0!" for name in ("high", "low")
+    ]
+    with pytest.raises(GraftError, match=r"expected a label column called 'text'.*audio \(Audio\).*--text-column"):
+        find_transcripts(str(FIXTURE / "sounds" / "hub"))
+    with pytest.raises(GraftError, match=r"expected one image column, found none.*audio \(Audio\)"):
+        huggingface_examples(FIXTURE / "sounds" / "saved")
+
+
+def test_sounds_in_tables_without_notes(tmp_path):
+    sounds = images(b"fLaC", b"OggS", b"ID3\x04", b"\xff\xfb", b"RIFF....WAVE", b"?")
+    write_parquet(tmp_path / "train.parquet", None, sound=sounds, label=list("aaabbb"))
+    endings = [pathlib.Path(example.path).suffix for example in huggingface_examples(tmp_path, kind="Audio")]
+    assert sorted(endings) == [".bin", ".flac", ".mp3", ".mp3", ".ogg", ".wav"]
 
 
 def test_one_saved_table_is_left_to_split():

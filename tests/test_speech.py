@@ -1,29 +1,43 @@
 """Speech recognition: transcripts, CTC, error rates, and a run from a manifest to a served model."""
 
+import csv
 import itertools
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 import tensorflow as tf
+from pyarrow import parquet
 
 from models import GraftError
 from models.backbone import load_backbone
 from models.offline_sounds import wav_bytes
 from models.recogniser import CERTAIN, Recogniser, ctc_losses, frame_counts, greedy, transcripts
-from pipelines import speech
+from pipelines import callbacks
+from pipelines.__main__ import main
 from pipelines.config import parse_config
 from pipelines.options import SpeechConfig
 from pipelines.speech_training import speech_objective, written
 from pipelines.transcript_scores import align, distance, error_rates, worst_transcripts
 from pipelines.transcripts import count_characters, find_transcripts, load_transcripts, normalised
+from serving import verify
+from serving.answer_checks import check_answers, check_contract, check_transcripts
+from serving.batch_checks import made_wav
 from serving.session import Session
+from serving.static_checks import CheckFailed
+from serving.steps import STEPS
+from tests.embedded_server import running
+from tests.test_recovery import without_seconds
 from tests.tiny_speech import write_transcripts, write_wav2vec2
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("GRAFT_CACHE", str(tmp_path / "cache"))
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAFT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 # ---------------------------------------------------------------- transcripts
@@ -136,21 +150,45 @@ def test_padding_beside_a_longer_clip_changes_no_logit(tmp_path):
     assert (together[0, alone.shape[1] :, :-1] == CERTAIN).all()
 
 
+def run(folder, out, *more):
+    """`graft speech` on few clips with a small encoder; the exit code."""
+    words = f"--data {folder}/clips/transcripts.csv --backbone {folder}/tiny --out {out} --batch-size 8 --depth 1"
+    words += " --head-epochs 2 --fine-tune-epochs 3 --fine-tune-learning-rate 0.01 --head-learning-rate 0.01"
+    return main(["speech", *words.split(), *more])
+
+
+def metrics_of(run_dir):
+    return json.loads((run_dir / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("speech")
+    write_transcripts(folder / "clips")
+    write_wav2vec2(folder / "tiny")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_dir(folder):
+    assert run(folder, folder / "run") == 0
+    return folder / "run"
+
+
 @pytest.mark.slow
-def test_a_run_from_manifest_to_served_transcripts(tmp_path):
-    file, folder = write_transcripts(tmp_path / "clips"), write_wav2vec2(tmp_path / "tiny")
-    flags = f"--data {file} --backbone {folder} --out {tmp_path / 'run'} --batch-size 8 --head-epochs 2 --depth 1"
-    flags += " --fine-tune-epochs 2 --fine-tune-learning-rate 0.01 --head-learning-rate 0.01"
-    run_dir = speech.run(parse_config(flags.split(), SpeechConfig))
-    metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert metrics["serving"]["equal"] == metrics["examples"]["test"]
+def test_a_run_from_manifest_to_served_transcripts(run_dir):
+    metrics = metrics_of(run_dir)
+    assert metrics["serving"]["files"] == metrics["examples"]["test"] == metrics["test"]["examples"]
+    assert metrics["serving"]["input_contract"]["samples"] == 3_200
     assert [phase["name"] for phase in metrics["phases"]] == ["head", "fine_tune"]
     trains = [row["trainable_parameters"] > 0 for row in metrics["phases"][1]["blocks"]]
     assert trains == [False, False, False, True, True]
+    assert 0 < metrics["phases"][1]["history"][0]["cka"] <= 1
     assert "Worst mistakes" in (run_dir / "report.html").read_text()
-    details = json.loads((run_dir / metrics["serving"]["folder"] / "assets.extra" / "graft.json").read_text())
+    version = run_dir / metrics["serving"]["folder"]
+    details = json.loads((version / "assets.extra" / "graft.json").read_text())
     assert details["normalise"] == "letters" and details["characters"] == " abc"
-    with Session(run_dir / metrics["serving"]["folder"]) as session:
+    with Session(version) as session:
         long = wav_bytes(np.zeros(31 * 8_000, np.int16), 8_000)
         short = wav_bytes(np.ones(1, np.int16), 44_100)
         asked = [b"no sound", b"", long, wav_bytes(np.zeros(0, np.int16), 16_000), short]
@@ -161,10 +199,113 @@ def test_a_run_from_manifest_to_served_transcripts(tmp_path):
         assert session.run("serving_default", {"audio_bytes": []})["transcript"].shape == (0,)
 
 
+@pytest.mark.slow
+def test_verification_of_a_recogniser(run_dir, capsys):
+    version, files = run_dir / metrics_of(run_dir)["serving"]["folder"], [made_wav(row) for row in range(3)]
+    assert verify.main([str(version)]) == 0
+    assert [line.split(":")[0] for line in capsys.readouterr().out.splitlines()] == list(STEPS)
+    found, expected = verify.made_samples(version)
+    assert found == files and list(expected) == ["transcript", "confidence"]
+    with Session(version) as session:
+        assert check_answers(session, files, expected, 1e-5, []) == (pytest.approx(0, abs=1e-5), files)
+        for wrong, message in (
+            (expected | {"transcript": ["", "abc a", ""]}, "item [01] of 3: .* is '.*', expected '"),
+            (expected | {"confidence": expected["confidence"] - 0.25}, "confidence is .*difference 0.25, allowed"),
+            (np.zeros((3, 4)), r"outputs \['confidence', .*\], expected probabilities"),
+        ):
+            with pytest.raises(CheckFailed, match=message):
+                check_answers(session, files, wrong, 1e-5, [])
+    contract = metrics_of(run_dir)["serving"]["input_contract"]
+    check_contract(version, contract)
+    with pytest.raises(CheckFailed, match="samples of the probe, a fifth of a second: 1600 in training, 3200 when"):
+        check_contract(version, {**contract, "samples": 1600})
+    with pytest.raises(CheckFailed, match="row 1: transcript b'a', confidence 1.5 and error b'' do not fit"):
+        check_transcripts("s", {"transcript": [b"", b"a"], "confidence": [0.0, 1.5], "error": [b"no sound", b""]})
+
+
+@pytest.mark.slow
+def test_commands_on_a_recogniser(folder, run_dir, tmp_path, capsys):
+    """predict, evaluate, export, publish; and what cannot be done says so."""
+    clips = folder / "clips"
+    assert main(["predict", str(run_dir), str(clips / "000.wav"), str(clips / "transcripts.csv")]) == 0
+    said = capsys.readouterr().out
+    assert "confidence" in said and "not a WAV file" in said
+    assert main(["predict", str(run_dir), str(clips), "--out", str(tmp_path / "out.csv")]) == 0
+    assert main(["evaluate", str(run_dir), "--data", str(clips / "transcripts.csv"), "--out", str(tmp_path / "e")]) == 0
+    answers, scored = (
+        {row["path"]: row["transcript"] for row in csv.DictReader(path.open())}
+        for path in (tmp_path / "out.csv", tmp_path / "e" / "predictions.csv")
+    )
+    assert answers == scored and len(answers) == 24
+    rates = json.loads((tmp_path / "e" / "metrics.json").read_text())["test"]
+    assert rates["examples"] == 24 and 0 <= rates["character_error_rate"] <= 1
+    assert "<audio" in (tmp_path / "e" / "report.html").read_text()
+    shards = ["--input", str(clips / "transcripts.csv"), "--output", str(tmp_path / "shards")]
+    assert main(["predict", str(run_dir), *shards]) == 0
+    table = parquet.read_table(tmp_path / "shards" / "answers").to_pydict()
+    assert table["transcript"] == [answers[path] for path in sorted(answers)] and len(table["confidence"]) == 24
+
+    with running("--model_base_path", run_dir / "serving" / "run", "--model_name", "run", name="run") as (rest, *_):
+        capsys.readouterr()
+        clip = str(clips / "003.wav")
+        assert main(["ask", f"http://127.0.0.1:{rest}/v1/models/run", clip, "--json"]) == 0
+        (said,) = json.loads(capsys.readouterr().out)["answers"]
+        assert said["transcript"] == answers[clip] and 0 <= said["confidence"] <= 1
+
+    assert main(["export", str(run_dir)]) == 0
+    version = run_dir / "serving" / "run" / "2"
+    assert f"to {version}" in capsys.readouterr().out.replace("\n", "")
+    assert main(["publish", str(version), "--to", str(tmp_path / "repository")]) == 0
+    for words, message in (
+        (["embed", run_dir, clips, "--out", tmp_path / "v.parquet"], "a recogniser has a vector for every few"),
+        (["predict", run_dir, clips, "--probabilities"], "each with a confidence"),
+        (["evaluate", run_dir, "--data", clips / "transcripts.csv", "--positive", "a"], "has no classes"),
+        (["compare", run_dir, version, "--data", clips / "transcripts.csv"], "transcripts, which are not compared"),
+    ):
+        assert main(list(map(str, words))) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, run_dir, tmp_path, monkeypatch, capsys):
+    class Stopping(callbacks.ProgressPrinter):
+        def on_train_batch_end(self, batch, logs=None):
+            super().on_train_batch_end(batch, logs)
+            if (self.params["epochs"], self.epochs_done, batch) == (3, 1, 1):  # phase 2, amid its second epoch
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(callbacks, "ProgressPrinter", Stopping)
+        assert run(folder, tmp_path / "run") == 75
+    assert f"`graft resume {tmp_path / 'run'}` goes on from there" in " ".join(capsys.readouterr().err.split())
+    manifest = folder / "clips" / "transcripts.csv"
+    text = manifest.read_text()
+    manifest.write_text(text.replace("A", "B"))
+    assert main(["resume", str(tmp_path / "run")]) == 2
+    manifest.write_text(text)
+    assert "the data changed since it began" in " ".join(capsys.readouterr().err.split())
+    assert main(["resume", str(tmp_path / "run")]) == 0
+    assert "fine_tune: going on in epoch 2, after 2 steps" in capsys.readouterr().out
+    resumed, undisturbed = metrics_of(tmp_path / "run"), metrics_of(run_dir)
+    for name in ("phases", "val", "test", "characters", "forgetting"):
+        assert without_seconds(resumed[name]) == without_seconds(undisturbed[name])
+    assert not (tmp_path / "run" / "checkpoints" / "resume").exists()
+
+
+@pytest.mark.slow
+def test_depth_auto_climbs_by_validation(folder, tmp_path):
+    more = "--depth auto --light-blocks 1 --wise-ft --head-epochs 1 --fine-tune-epochs 2"
+    assert run(folder, tmp_path / "run", *more.split()) == 0
+    metrics = metrics_of(tmp_path / "run")
+    names = [phase["name"] for phase in metrics["phases"]]
+    assert names in (["head", "light"], ["head", "light", "full"])
+    assert metrics["climb"]["sentence"] == metrics["verdicts"][0] and "wise_ft" in str(metrics["phases"])
+    losses = [phase["climb"]["val_loss"] for phase in metrics["phases"]]
+    assert names[int(np.argmin(losses))] == metrics["climb"]["best"]
+
+
 def test_what_recognition_refuses(tmp_path):
     file, folder = write_transcripts(tmp_path / "clips"), write_wav2vec2(tmp_path / "tiny")
     flags = ["--data", str(file), "--backbone", str(folder)]
-    with pytest.raises(GraftError, match="--depth auto: recognition has two phases"):
-        speech.check_request(parse_config([*flags, "--depth", "auto"], SpeechConfig))
     with pytest.raises(GraftError, match="--longest-seconds is 0.0, expected more than 0"):
         parse_config([*flags, "--longest-seconds", "0"], SpeechConfig)

@@ -107,7 +107,7 @@ def new_words(folder: pathlib.Path) -> list[tuple]:
 
 
 def served(name: str, run: dict) -> tuple:
-    count = run["serving"]["equal"]
+    count = run["serving"]["files"]
     return (f"4. exported transcripts that equal training's ({name})", f"{count} files", "100", count == 100)
 
 
