@@ -18,7 +18,7 @@ from serving.config import BATCH_SIZES, BATCHING_FILE, read_config
 from serving.static_checks import CheckFailed
 from serving.warmup import WARMUP_FILE, read_requests, replay_warmup
 
-ROW_TOLERANCE = 1e-5  # per largest value of the output or 1: kernels sum in another order for other sizes
+ROW_TOLERANCE = 1e-4  # per largest value of the output or 1: kernels sum in another order for other sizes
 FREE_TO_TURN = {"labels", "chosen", "unsure"}  # on a last bit; `run_checked` compares them with the scores
 BAD_ITEM = b"\xff\x00 no supported input starts like this"
 MADE_SIZE = 48  # for unknown dimensions other than the batch, in made-up inputs
