@@ -99,10 +99,14 @@ def run(config: AudioConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
 
         # A version for TensorFlow Serving, verified before it gets its number.
         # What it must answer comes from the files through the whole model, nothing from the cache.
-        predict = sound_predictor(model, preprocess, config.training.batch_size)
-        samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-        version, checked = publish_sounds(model, splits.class_names, run_dir, samples, predict, *scored[2:4], contract)
-        clock.lap("export and verification")
+        version, checked = None, {}
+        if config.run.export:
+            predict = sound_predictor(model, preprocess, config.training.batch_size)
+            samples = splits.test.slice(0, VERIFIED_EXAMPLES)
+            version, checked = publish_sounds(
+                model, splits.class_names, run_dir, samples, predict, *scored[2:4], contract
+            )
+            clock.lap("export and verification")
 
         findings = scored, version, checked, clock, transfer, trained.examined, baselines
         gathered, report = write_results(run_dir, config, "audio", splits, model.backbone, trained.phases, *findings)

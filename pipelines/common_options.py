@@ -151,6 +151,9 @@ class RunOptions:
 
     out: str = ""
     """Run folder (empty: runs/NAME OF THE DATA, then -2, -3); never overwritten."""
+    export: bool = True
+    """Make a verified version for TensorFlow Serving. Without, training and its report end sooner, and `graft export
+    RUN` makes it later."""
     resume: bool = False
     """Go on with the run in --out where there is one, with the flags that it was begun with; else begin it. For
     schedulers, which start the same command again."""

@@ -41,12 +41,12 @@ class CurveConfig:
     """
 
     data: str = "textures"
-    """What `graft image` or `graft text` would learn from: folder, manifest, or an offline set: textures, digits,
-    topics."""
+    """What `graft image`, `graft text` or `graft audio` would learn from: folder, manifest, or an offline set:
+    textures, digits, topics, spoken_words."""
     backbone: str = ""
-    """As --backbone of `graft image` and `graft text`; NAME@160 is a model at 160 pixels, or of 160 tokens (empty: the
+    """As --backbone of those; NAME@160 is a model at 160 pixels or of 160 tokens, NAME@3 one that hears 3 s (empty: the
     offline one of this kind of data)."""
-    kind: Literal["auto", "image", "text"] = "auto"
+    kind: Literal["auto", "image", "text", "audio"] = "auto"
     """What the examples are (auto: found from the data)."""
     draws: int = 5
     """Different parts of the training set that are tried of each share below 100%."""
@@ -84,9 +84,11 @@ def curve(argv: list[str]) -> int:
     from pipelines.curve_page import write_page
     from pipelines.data import load_images, targets_of
     from pipelines.frozen_part import Examples
+    from pipelines.sounds import load_sounds
     from pipelines.texts import load_texts
 
-    splits = load_images(found, config.min_per_class) if kind == "image" else load_texts(found, config.min_per_class)
+    load = {"image": load_images, "text": load_texts, "audio": load_sounds}[kind]
+    splits = load(found, config.min_per_class)
     facts.print_splits(splits, kind)
     frozen = frozen_part(name, kind, splits, config)
     learning = Examples(frozen, "", [splits.train, splits.val], needed=True)

@@ -256,9 +256,8 @@ def machine_metrics(facts: dict) -> dict:
     }
 
 
-def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, report: pathlib.Path) -> None:
-    """What one would tell a colleague, and what to type next."""
-    checked, name = gathered["serving"], version.parent.name
+def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path | None, report: pathlib.Path) -> None:
+    """What one would tell a colleague, and what to type next; version: None without an export."""
     mistakes = len(gathered["mistakes"])
     look = f"{mistakes} worst mistake{'s' if mistakes > 1 else ''}" if mistakes else "no mistakes on the test set"
     noun = NOUNS[gathered["kind"]]
@@ -271,9 +270,16 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path, r
     console.print(
         f"[bold]{headline(gathered['metrics']['test'])}[/] on {gathered['examples']['test']:,} test {noun}. "
         f"{' '.join(verdicts)}\n"
-        f"Look first: {look}   {report}\n"
-        f"{served_line(checked, noun if of_texts else 'files')}   {version}\n"
-        f"Try it:   graft predict {shlex.quote(str(run_dir))} {inputs}\n"
+        f"Look first: {look}   {report}"
+    )
+    run = shlex.quote(str(run_dir))
+    if not version:
+        console.print(f"Not exported. Make a version for TensorFlow Serving:   graft export {run}")
+        return
+    name = version.parent.name
+    console.print(
+        f"{served_line(gathered['serving'], noun if of_texts else 'files')}   {version}\n"
+        f"Try it:   graft predict {run} {inputs}\n"
         f"          docker run -p 8501:8501 -v {shlex.quote(f'{version.parent.absolute()}:/models/{name}')} "
         f"-e MODEL_NAME={name} tensorflow/serving:2.20.0"
     )

@@ -92,10 +92,12 @@ def run(config: ImageConfig, resumed: pathlib.Path | None = None) -> pathlib.Pat
 
         # A version for TensorFlow Serving, verified before it gets its number.
         # What it must answer comes from the files through the whole model, nothing from the cache.
-        predict = predictor(model, local_strategy(strategy), loader("none"), config.training.batch_size)
-        samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-        version, checked = publish_images(model, splits, run_dir, samples, predict, *scored[2:4], contract)
-        clock.lap("export and verification")
+        version, checked = None, {}
+        if config.run.export:
+            predict = predictor(model, local_strategy(strategy), loader("none"), config.training.batch_size)
+            samples = splits.test.slice(0, VERIFIED_EXAMPLES)
+            version, checked = publish_images(model, splits, run_dir, samples, predict, *scored[2:4], contract)
+            clock.lap("export and verification")
 
         findings = scored, version, checked, clock, transfer, trained.examined
         gathered, report = write_results(run_dir, config, "image", splits, model.backbone, trained.phases, *findings)

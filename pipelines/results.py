@@ -115,7 +115,7 @@ def write_results(
     Args:
         kind: "image", "text" or "audio".
         scored: what `score` gave.
-        version, checked: what `publish` gave.
+        version, checked: what `publish` gave; None and {} without an export.
         transfer: what `pipelines.transfer.judge_transfer` gave.
         examined: what `pipelines.label_checks.examiner` has found.
         baselines: as `pipelines.baselines` gives them.
@@ -137,7 +137,7 @@ def write_results(
             splits.test, probabilities, splits.class_names, splits.white_level, config.report.report_inputs, thresholds
         ),
         "timings": clock.laps,
-        "serving": {"folder": str(version.relative_to(run_dir)), **checked},
+        **({"serving": {"folder": str(version.relative_to(run_dir)), **checked}} if version else {}),
         "transfer": transfer,
         "calibration": calibration,
         "overfitting": {**gap, "advice": tuning_advice(phases, gathered["settings"], gap, kind)} if gap else {},

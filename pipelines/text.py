@@ -98,10 +98,14 @@ def run(config: TextConfig, resumed: pathlib.Path | None = None) -> pathlib.Path
 
         # A version for TensorFlow Serving, verified before it gets its number.
         # What it must answer comes from the strings through the whole model, nothing from the cache.
-        predict = text_predictor(model, preprocess, config.training.batch_size)
-        samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-        version, checked = publish_texts(model, splits.class_names, run_dir, samples, predict, *scored[2:4], contract)
-        clock.lap("export and verification")
+        version, checked = None, {}
+        if config.run.export:
+            predict = text_predictor(model, preprocess, config.training.batch_size)
+            samples = splits.test.slice(0, VERIFIED_EXAMPLES)
+            version, checked = publish_texts(
+                model, splits.class_names, run_dir, samples, predict, *scored[2:4], contract
+            )
+            clock.lap("export and verification")
 
         findings = scored, version, checked, clock, transfer, trained.examined, [baseline]
         gathered, report = write_results(run_dir, config, "text", splits, model.backbone, trained.phases, *findings)

@@ -43,8 +43,12 @@ def export_audio_classifier(
     class_names = check_class_names(model, class_names, thresholds)
     window = window_samples(preprocess)
 
+    @tf.function(autograph=False)
     def apply(inputs, rows):
-        """Windows [w, samples] and the row of each -> features and probabilities of the rows, float32 [n, ...]."""
+        """Windows [w, samples] and the row of each -> features and probabilities of the rows, float32 [n, ...].
+
+        Traced once for signatures whose windows have the same shapes.
+        """
         features = average_rows(tf.cast(model.features(inputs, training=False), tf.float32), rows)
         logits = tf.cast(model.logits(features, training=False), tf.float32)
         if temperature != 1:

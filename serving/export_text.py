@@ -42,11 +42,15 @@ def export_text_classifier(
     """
     class_names = check_class_names(model, class_names, thresholds)
     run = network(model, temperature)
+    names = ("text_a", "text_b") if pairs else ("text",)
+    specs = [tf.TensorSpec([None], tf.string, name=name) for name in names]
 
-    def apply(texts):
+    @tf.function(input_signature=specs, autograph=False)
+    def apply(*texts):
         """Texts, one or two of [n] string -> features and probabilities, float32 [n, ...].
 
-        A row is lent where there are none: not every op of an encoder takes an empty batch.
+        Traced once for both signatures, which takes seconds. A row is lent where there are none: not every op of an
+        encoder takes an empty batch.
         """
         count = tf.shape(texts[0])[0]
         lent = tf.fill([tf.maximum(1 - count, 0)], "")
@@ -61,13 +65,11 @@ def export_text_classifier(
         return tf.fill(tf.shape(texts[0]), "")
 
     def serve_texts(*texts):
-        return class_outputs(apply(texts)[1], no_errors(texts), class_names, thresholds, unsure_below)
+        return class_outputs(apply(*texts)[1], no_errors(texts), class_names, thresholds, unsure_below)
 
     def serve_features(*texts):
-        return {"features": apply(texts)[0], "error": no_errors(texts)}
+        return {"features": apply(*texts)[0], "error": no_errors(texts)}
 
-    names = ("text_a", "text_b") if pairs else ("text",)
-    specs = [tf.TensorSpec([None], tf.string, name=name) for name in names]
     endpoints = {"serving_default": (serve_texts, specs), "features": (serve_features, specs)}
     # Tables of words are found only through what is tracked: the tokenizer's, or those of a module that takes strings.
     write_archive(folder, endpoints, tracked=[preprocess.tokenizer if preprocess else model])

@@ -39,8 +39,8 @@ from serving.session import Session
 from serving.static_checks import CheckFailed
 from serving.steps import STEPS, in_fresh_process
 
-# Absolute, of a probability. Sums in another order move one by some 1e-5 at most (networks with random weights the most);
-# another resize, channel order, vocabulary or set of weights moves some of 200 by a hundredth and more.
+# Absolute, of a probability. Sums in another order move one by some 1e-5 at most, networks with random weights the
+# most; another resize, channel order, vocabulary or set of weights moves some of 200 by a hundredth and more.
 TOLERANCE = 1e-4
 EXPECTED = "expected "  # before the names of outputs, in a file of samples
 

@@ -189,8 +189,9 @@ def test_a_head_on_wav2vec2_and_on_hubert(data, family, tmp_path):
 @pytest.mark.slow
 def test_the_cache_changes_nothing(data, whisper, tmp_path):
     """Windows, crops and noise: the same figures with and without it, in both phases."""
-    kept = metrics_of(run(data, whisper, tmp_path / "kept", "--head-solver", "sgd"))
-    none = metrics_of(run(data, whisper, tmp_path / "none", "--head-solver", "sgd", "--cache", "none"))
+    words = ("--head-solver", "sgd", "--no-export")
+    kept = metrics_of(run(data, whisper, tmp_path / "kept", *words))
+    none = metrics_of(run(data, whisper, tmp_path / "none", *words, "--cache", "none"))
     for one, other in zip(kept["phases"], none["phases"], strict=True):
         for row, again in zip(one["history"], other["history"], strict=True):
             np.testing.assert_allclose(row["val_loss"], again["val_loss"], rtol=2e-4)
@@ -225,7 +226,7 @@ def test_long_clips_several_labels_and_every_augmentation(whisper, tmp_path):
     with Session(out / "serving" / "several" / "1") as session:
         answer = session.run("serving_default", {"audio_bytes": [wav_bytes(tone(500, 0.5), 16_000)]})
     assert answer["chosen"].shape == (1, 4)
-    plain = run(folder, whisper, tmp_path / "plain", "--augmentation", "none", "--depth", "full")
+    plain = run(folder, whisper, tmp_path / "plain", "--augmentation", "none", "--depth", "full", "--no-export")
     assert metrics_of(plain)["phases"][1]["name"] == "fine_tune"
 
 
@@ -249,6 +250,15 @@ def test_spoken_words_with_whisper(tmp_path):
     simple, segments = (row["accuracy"] for row in metrics["baselines"])
     assert metrics["test"]["accuracy"] >= 0.9
     assert metrics["test"]["accuracy"] >= max(simple + 0.15, segments + 0.05)
+
+
+@pytest.mark.slow
+def test_what_more_clips_would_bring(whisper, tmp_path):
+    data = write_tones(tmp_path / "tones", rates_hz=(16_000,))
+    words = ["--data", data, "--backbone", whisper, "--draws", 2, "--out", tmp_path / "curve"]
+    assert main(["curve", *map(str, words)]) == 0
+    found = json.loads((tmp_path / "curve" / "curve.json").read_text())
+    assert found["kind"] == "audio" and found["points"][-1]["examples"] > found["points"][0]["examples"]
 
 
 @pytest.mark.slow

@@ -85,6 +85,17 @@ def test_the_same_command_gives_the_same_figures(run_dir, png_folder, tiny_prese
     assert without_times(first) == without_times(second)
 
 
+def test_without_an_export_one_can_be_made_later(png_folder, tiny_preset, tmp_path, capsys):
+    words = flags(png_folder, tiny_preset, tmp_path / "run", "--depth", "head", "--no-export")
+    assert main(["image", *words]) == 0 and not (tmp_path / "run" / "serving").exists()
+    assert f"graft export {tmp_path / 'run'}" in " ".join(capsys.readouterr().out.split())
+    assert "How it is served" not in (tmp_path / "run" / "report.html").read_text()
+    assert main(["predict", str(tmp_path / "run"), str(png_folder)]) == 2
+    assert "graft export" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "serving" / "run" / "1" / "saved_model.pb").is_file()
+
+
 def test_the_config_file_repeats_the_run(run_dir):
     config = parse_config(["--config", str(run_dir / "config.yaml"), "--head-epochs", "5"])
     assert config.head.head_epochs == 5 and config.fine_tune.fine_tune_epochs == 2

@@ -152,7 +152,8 @@ def test_training_finds_what_rank_has_computed(ranked, tmp_path):
         str(tmp_path / "r"),
     ]
     with image.console.capture() as printed:
-        image.run(parse_config([*words, "--out", str(tmp_path / "run"), "--cache-dir", str(folder / "cache")]))
+        more = ["--out", str(tmp_path / "run"), "--cache-dir", str(folder / "cache"), "--no-export"]
+        image.run(parse_config([*words, *more]))
     assert "features: found in the cache" in printed.get()
     said = json.loads((tmp_path / "run" / "metrics.json").read_text())["advice"]
     assert "training images in 3 classes" in said and "Advice." in (tmp_path / "run" / "report.html").read_text()

@@ -91,7 +91,7 @@ def test_depth_2_thaws_two_transformer_layers_and_no_more(run_dir):
 
 
 def test_texts_that_lose_their_end_are_counted(data, bert, tmp_path, capsys):
-    run(data, bert, tmp_path / "short", "--depth", "head", "--sequence-length", 8)
+    run(data, bert, tmp_path / "short", "--depth", "head", "--sequence-length", 8, "--no-export")
     (warning,) = [w for w in metrics_of(tmp_path / "short")["warnings"] if "lose text" in w]
     assert "of examples lose text at 8 tokens" in warning
     assert warning in " ".join(capsys.readouterr().out.split())
@@ -126,7 +126,7 @@ def test_the_cache_changes_nothing(data, bert, tmp_path):
     losses = []
     for options in (("none",), ("memory",), ("auto", "--cache-dir", tmp_path / "cache", "--cache-memory", 1e-9)):
         out = tmp_path / f"run{len(losses)}"
-        run(data, bert, out, "--head-solver", "sgd", "--dropout", 0, "--cache", *options)
+        run(data, bert, out, "--head-solver", "sgd", "--dropout", 0, "--no-export", "--cache", *options)
         phases = metrics_of(out)["phases"]
         losses.append([row[name] for phase in phases for row in phase["history"] for name in ("loss", "val_loss")])
     np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
