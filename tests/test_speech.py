@@ -17,8 +17,10 @@ from models.offline_sounds import wav_bytes
 from models.recogniser import CERTAIN, Recogniser, ctc_losses, frame_counts, greedy, transcripts
 from pipelines import callbacks
 from pipelines.__main__ import main
+from pipelines.batch import read_details
 from pipelines.config import parse_config
 from pipelines.options import SpeechConfig
+from pipelines.publish import about_version
 from pipelines.speech_training import speech_objective, written
 from pipelines.transcript_scores import align, distance, error_rates, worst_transcripts
 from pipelines.transcripts import count_characters, find_transcripts, load_transcripts, normalised
@@ -28,6 +30,7 @@ from serving.batch_checks import made_wav
 from serving.session import Session
 from serving.static_checks import CheckFailed
 from serving.steps import STEPS
+from serving.warmup import noise_samples
 from tests.embedded_server import running
 from tests.test_recovery import without_seconds
 from tests.tiny_speech import write_transcripts, write_wav2vec2
@@ -150,11 +153,11 @@ def test_padding_beside_a_longer_clip_changes_no_logit(tmp_path):
     assert (together[0, alone.shape[1] :, :-1] == CERTAIN).all()
 
 
-def run(folder, out, *more):
-    """`graft speech` on few clips with a small encoder; the exit code."""
-    words = f"--data {folder}/clips/transcripts.csv --backbone {folder}/tiny --out {out} --batch-size 8 --depth 1"
-    words += " --head-epochs 2 --fine-tune-epochs 3 --fine-tune-learning-rate 0.01 --head-learning-rate 0.01"
-    return main(["speech", *words.split(), *more])
+def run(folder, out):
+    """`graft speech` on few clips with a small encoder, long enough that it writes something; the exit code."""
+    words = f"--data {folder}/clips/transcripts.csv --backbone {folder}/tiny --out {out} --batch-size 4 --wise-ft"
+    words += " --head-epochs 2 --fine-tune-epochs 15 --fine-tune-learning-rate 0.02 --head-learning-rate 0.02"
+    return main(["speech", *words.split(), "--depth", "auto", "--light-blocks", "1"])
 
 
 def metrics_of(run_dir):
@@ -180,10 +183,13 @@ def test_a_run_from_manifest_to_served_transcripts(run_dir):
     metrics = metrics_of(run_dir)
     assert metrics["serving"]["files"] == metrics["examples"]["test"] == metrics["test"]["examples"]
     assert metrics["serving"]["input_contract"]["samples"] == 3_200
-    assert [phase["name"] for phase in metrics["phases"]] == ["head", "fine_tune"]
-    trains = [row["trainable_parameters"] > 0 for row in metrics["phases"][1]["blocks"]]
-    assert trains == [False, False, False, True, True]
-    assert 0 < metrics["phases"][1]["history"][0]["cka"] <= 1
+    head, light, full = metrics["phases"]
+    trains = [[row["trainable_parameters"] > 0 for row in phase["blocks"]] for phase in (head, light, full)]
+    assert trains == [[False] * 4 + [True], [False] * 3 + [True] * 2, [False] + [True] * 4]
+    losses = {phase["name"]: phase["climb"]["val_loss"] for phase in (head, light, full)}
+    assert min(losses, key=losses.get) == metrics["climb"]["best"] == "full"
+    assert metrics["climb"]["sentence"] == metrics["verdicts"][0] and 0 <= full["wise_ft"]["share"] <= 1
+    assert 0 < full["history"][0]["cka"] <= 1
     assert "Worst mistakes" in (run_dir / "report.html").read_text()
     version = run_dir / metrics["serving"]["folder"]
     details = json.loads((version / "assets.extra" / "graft.json").read_text())
@@ -209,7 +215,7 @@ def test_verification_of_a_recogniser(run_dir, capsys):
     with Session(version) as session:
         assert check_answers(session, files, expected, 1e-5, []) == (pytest.approx(0, abs=1e-5), files)
         for wrong, message in (
-            (expected | {"transcript": ["", "abc a", ""]}, "item [01] of 3: .* is '.*', expected '"),
+            (expected | {"transcript": ["", "abc a", ""]}, "item [012] of 3: .* is '.*', expected '"),
             (expected | {"confidence": expected["confidence"] - 0.25}, "confidence is .*difference 0.25, allowed"),
             (np.zeros((3, 4)), r"outputs \['confidence', .*\], expected probabilities"),
         ):
@@ -225,7 +231,7 @@ def test_verification_of_a_recogniser(run_dir, capsys):
 
 @pytest.mark.slow
 def test_commands_on_a_recogniser(folder, run_dir, tmp_path, capsys):
-    """predict, evaluate, export, publish; and what cannot be done says so."""
+    """predict, evaluate, ask, export; and what cannot be done says so."""
     clips = folder / "clips"
     assert main(["predict", str(run_dir), str(clips / "000.wav"), str(clips / "transcripts.csv")]) == 0
     said = capsys.readouterr().out
@@ -238,7 +244,7 @@ def test_commands_on_a_recogniser(folder, run_dir, tmp_path, capsys):
     )
     assert answers == scored and len(answers) == 24
     rates = json.loads((tmp_path / "e" / "metrics.json").read_text())["test"]
-    assert rates["examples"] == 24 and 0 <= rates["character_error_rate"] <= 1
+    assert rates["examples"] == 24 and 0 < rates["character_error_rate"] < 0.7  # it has seen most of them
     assert "<audio" in (tmp_path / "e" / "report.html").read_text()
     shards = ["--input", str(clips / "transcripts.csv"), "--output", str(tmp_path / "shards")]
     assert main(["predict", str(run_dir), *shards]) == 0
@@ -255,7 +261,9 @@ def test_commands_on_a_recogniser(folder, run_dir, tmp_path, capsys):
     assert main(["export", str(run_dir)]) == 0
     version = run_dir / "serving" / "run" / "2"
     assert f"to {version}" in capsys.readouterr().out.replace("\n", "")
-    assert main(["publish", str(version), "--to", str(tmp_path / "repository")]) == 0
+    figure = about_version(version, read_details(version))["test"]["headline"]  # by which `graft publish` compares
+    assert figure["metric"] == "words_right" and figure["value"] == 1 - metrics_of(run_dir)["test"]["word_error_rate"]
+    assert len(noise_samples(0, {"longest_seconds": 0.5})) == 8_000  # warm-up requests that the model does not refuse
     for words, message in (
         (["embed", run_dir, clips, "--out", tmp_path / "v.parquet"], "a recogniser has a vector for every few"),
         (["predict", run_dir, clips, "--probabilities"], "each with a confidence"),
@@ -271,7 +279,7 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, run_dir, tmp_
     class Stopping(callbacks.ProgressPrinter):
         def on_train_batch_end(self, batch, logs=None):
             super().on_train_batch_end(batch, logs)
-            if (self.params["epochs"], self.epochs_done, batch) == (3, 1, 1):  # phase 2, amid its second epoch
+            if (self.params["epochs"], self.epochs_done, batch) == (15, 1, 1):  # light, amid its second epoch
                 os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
@@ -285,23 +293,11 @@ def test_a_run_that_was_stopped_ends_as_if_it_had_not_been(folder, run_dir, tmp_
     manifest.write_text(text)
     assert "the data changed since it began" in " ".join(capsys.readouterr().err.split())
     assert main(["resume", str(tmp_path / "run")]) == 0
-    assert "fine_tune: going on in epoch 2, after 2 steps" in capsys.readouterr().out
+    assert "light: going on in epoch 2, after 2 steps" in capsys.readouterr().out
     resumed, undisturbed = metrics_of(tmp_path / "run"), metrics_of(run_dir)
-    for name in ("phases", "val", "test", "characters", "forgetting"):
+    for name in ("phases", "climb", "val", "test", "characters", "forgetting"):
         assert without_seconds(resumed[name]) == without_seconds(undisturbed[name])
     assert not (tmp_path / "run" / "checkpoints" / "resume").exists()
-
-
-@pytest.mark.slow
-def test_depth_auto_climbs_by_validation(folder, tmp_path):
-    more = "--depth auto --light-blocks 1 --wise-ft --head-epochs 1 --fine-tune-epochs 2"
-    assert run(folder, tmp_path / "run", *more.split()) == 0
-    metrics = metrics_of(tmp_path / "run")
-    names = [phase["name"] for phase in metrics["phases"]]
-    assert names in (["head", "light"], ["head", "light", "full"])
-    assert metrics["climb"]["sentence"] == metrics["verdicts"][0] and "wise_ft" in str(metrics["phases"])
-    losses = [phase["climb"]["val_loss"] for phase in metrics["phases"]]
-    assert names[int(np.argmin(losses))] == metrics["climb"]["best"]
 
 
 def test_what_recognition_refuses(tmp_path):
