@@ -96,6 +96,7 @@ def log_of(out: pathlib.Path, number: int = 0) -> str:
     return pathlib.Path(f"{out}.{number}.log").read_text()
 
 
+@functools.cache
 def undisturbed(folder: pathlib.Path) -> tuple[dict, float]:
     """The figures of a run that nothing happens to, and its seconds."""
     out, started = folder / "undisturbed", time.perf_counter()
@@ -125,7 +126,8 @@ def killed(part: int, folder: pathlib.Path):
     expected, seconds = undisturbed(folder)
     loss, choose = expected["phases"][-1]["val_loss"], random.Random(part)
     for number in range(KILLS_PER_PART):
-        out, moment, cache = folder / f"killed{number}", choose.uniform(0, seconds), folder / f"cache{number}"
+        name, moment = f"{part}-{number}", choose.uniform(0, seconds)
+        out, cache = folder / f"killed{name}", folder / f"cache{name}"
         child = start(words(folder, out), out, cache)
         time.sleep(moment)
         os.kill(child, signal.SIGKILL)
