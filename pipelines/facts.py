@@ -272,17 +272,21 @@ def print_ending(gathered: dict, run_dir: pathlib.Path, version: pathlib.Path | 
         f"{' '.join(verdicts)}\n"
         f"Look first: {look}   {report}"
     )
-    run = shlex.quote(str(run_dir))
     if not version:
-        console.print(f"Not exported. Make a version for TensorFlow Serving:   graft export {run}")
+        console.print(export_line(run_dir))
         return
     name = version.parent.name
     console.print(
         f"{served_line(gathered['serving'], noun if of_texts else 'files')}   {version}\n"
-        f"Try it:   graft predict {run} {inputs}\n"
+        f"Try it:   graft predict {shlex.quote(str(run_dir))} {inputs}\n"
         f"          docker run -p 8501:8501 -v {shlex.quote(f'{version.parent.absolute()}:/models/{name}')} "
         f"-e MODEL_NAME={name} tensorflow/serving:2.20.0"
     )
+
+
+def export_line(run_dir: pathlib.Path) -> str:
+    """What to type for what a run without an export has not made."""
+    return f"Not exported. Make a version for TensorFlow Serving:   graft export {shlex.quote(str(run_dir))}"
 
 
 def served_line(checked: dict, noun: str = "files") -> str:

@@ -89,8 +89,10 @@ def run(config: SpeechConfig, resumed: pathlib.Path | None = None) -> pathlib.Pa
         }
 
         # A version for TensorFlow Serving, verified before it gets its number.
-        samples = splits.test.slice(0, VERIFIED_EXAMPLES)
-        version, checked = publish_recogniser(model, config, run_dir, samples, contract)
+        version, checked = None, {}
+        if config.run.export:
+            samples = splits.test.slice(0, VERIFIED_EXAMPLES)
+            version, checked = publish_recogniser(model, config, run_dir, samples, contract)
 
         gathered = {
             "title": run_dir.name,
@@ -109,7 +111,7 @@ def run(config: SpeechConfig, resumed: pathlib.Path | None = None) -> pathlib.Pa
             "data": config.input.data,
             "phases": phases,
             "warnings": splits.warnings,
-            "serving": {"folder": str(version.relative_to(run_dir)), **checked},
+            **({"serving": {"folder": str(version.relative_to(run_dir)), **checked}} if version else {}),
         }
         said, paths = (splits.test[name].to_pylist() for name in ("text", "path"))
         report = write_speech_report(run_dir, gathered, paths, said, *answers["test"], config.report.report_inputs)
@@ -120,7 +122,7 @@ def run(config: SpeechConfig, resumed: pathlib.Path | None = None) -> pathlib.Pa
     for verdict in gathered["verdicts"]:
         console.print(verdict)
     console.print(f"Look first: worst mistakes   {report}")
-    console.print(f"{facts.served_line(checked, 'clips')}   {version}")
+    console.print(f"{facts.served_line(checked, 'clips')}   {version}" if version else facts.export_line(run_dir))
     return run_dir
 
 
