@@ -29,7 +29,7 @@ SIDES = ("with", "without")
 
 def take_guards_out() -> None:
     """Put something that does nothing in the place of each guard."""
-    from pipelines import contract, label_checks, results, training, transfer
+    from pipelines import contract, results, run_training, training, transfer
 
     class NoGuard:
         def __init__(self, *arguments):
@@ -40,8 +40,8 @@ def take_guards_out() -> None:
 
     training.ForgettingGuard = NoGuard
     nothing = {"verdict": None, "sentence": "Not asked."}
-    transfer.judge_transfer = transfer.probe_verdict = lambda *arguments, **more: nothing
-    label_checks.examiner = lambda *arguments: ({}, lambda features: None)
+    transfer.judge_transfer = run_training.probe_verdict = lambda *arguments, **more: nothing
+    run_training.examiner = lambda *arguments: ({}, lambda features: None)
     results.judge_gap = lambda *arguments: {}
     contract.trained_image_contract = contract.trained_text_contract = lambda *arguments: None
 
