@@ -32,6 +32,8 @@ from serving.static_checks import CheckFailed
 from serving.steps import STEPS
 from serving.warmup import noise_samples
 from tests.embedded_server import running
+from tests.test_page import answers as cards
+from tests.test_page import browser, drop, opened  # noqa: F401 (a fixture)
 from tests.test_recovery import without_seconds
 from tests.tiny_speech import write_transcripts, write_wav2vec2
 
@@ -272,6 +274,19 @@ def test_commands_on_a_recogniser(folder, run_dir, tmp_path, capsys):
     ):
         assert main(list(map(str, words))) == 2
         assert message in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.slow
+def test_the_page_shows_what_was_said(folder, run_dir, browser):  # noqa: F811
+    clip = (folder / "clips" / "003.wav").read_bytes()
+    with Session(run_dir / "serving" / "run" / "1") as session:
+        said = session.run("serving_default", {"audio_bytes": [clip]})["transcript"][0].decode()
+    words = ("--model_base_path", run_dir / "serving" / "run", "--model_name", "photos")
+    with running(*words, name="photos") as (rest, *_), opened(browser, rest) as page:
+        drop(page, "003.wav", clip)
+        (card,) = cards(page)
+        assert said and card.locator("blockquote").inner_text() == said
+        assert "confidence" in card.inner_text() and "transcript" not in card.inner_text()
 
 
 @pytest.mark.slow
