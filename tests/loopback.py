@@ -25,6 +25,7 @@ CASES = {  # name: (kind of model, options)
             "mixup": 0.4,
             "forgetting_limit": 0.01,
             "wise_ft": True,
+            "batch_size": 24,  # two parts for each of up to four devices
             "accumulation_steps": 2,
         },
     ),

@@ -246,7 +246,7 @@ def devices(folder: pathlib.Path):
         for case in loopback.CASES:
             differences = compare(folder, folder / f"{name}-{case}", kind, count, case, command)
             yield (
-                f"{count} {kind}, {case}: {differences['train']} training examples, batch 12",
+                f"{count} {kind}, {case}: {differences['train']} training examples in batches of 12 (climb: 24)",
                 f"losses differ by {differences['losses']:.1e} at most, decisions {differences['decisions']}",
                 "losses by less than 1e-5, decisions equal",
                 differences["losses"] < 1e-5 and differences["decisions"] == "equal",
