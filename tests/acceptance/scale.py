@@ -287,7 +287,17 @@ def broken(folder: pathlib.Path):
     yield tools.tests("several steps in one graph are single steps", "tests/test_training.py", "-k", "one_graph")
 
 
-CHECKS = [*map(killed_part, range(1, 11)), stopped, dead_worker, devices, broken]
+def scaling(folder: pathlib.Path):
+    """What a second worker brings here, beside what the machine can do at all; wants a quiet machine."""
+    command = [tools.PYTHON, "-m", "tests.benchmarks.scaling"]
+    done = subprocess.run(command, cwd=tools.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        what, _, figures = line.partition("  ")
+        yield f"scaling: {what}", figures.strip(), "printed", True
+
+
+CHECKS = [*map(killed_part, range(1, 11)), stopped, dead_worker, devices, broken, scaling]
 
 if __name__ == "__main__":
     sys.exit(tools.run_checks(CHECKS, __file__, "Scale and survival: the full list"))
