@@ -21,8 +21,9 @@ from models.hubs import offline_names
 from models.names import RANDOM, check_backbone_name
 from pipelines import facts, runs
 from pipelines.advice import advice
+from pipelines.common_options import CacheOptions, flat
 from pipelines.console import console, start_tensorflow
-from pipelines.options import AudioConfig, CacheOptions, ImageConfig, TextConfig, flat
+from pipelines.options import AudioConfig, ImageConfig, TextConfig
 from pipelines.sounds import find_sounds, load_sounds, sound_parts
 from pipelines.sources import find_images
 from pipelines.texts import find_texts

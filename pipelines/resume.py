@@ -32,7 +32,7 @@ def resume_run(argv: list[str]) -> int:
 def begun(run_options) -> pathlib.Path | None:
     """The folder of the run that --resume asks to go on with; None where it has not begun, or was not asked for.
 
-    run_options: `pipelines.options.RunOptions`.
+    run_options: `pipelines.common_options.RunOptions`.
     """
     if not run_options.resume:
         return None

@@ -1,6 +1,6 @@
 """One step of the training loop, and what it is made of: loss, update, moving average, prediction.
 
-Everything here is a tf.function under a strategy or part of one; `pipelines.training` loops over them.
+Everything here is a tf.function under a strategy or part of one; `pipelines.epochs` loops over them.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from pipelines.console import progress_bar
 from pipelines.huggingface import huggingface_examples
 from pipelines.inspections import inspect_files
 from pipelines.manifests import Example, manifest_files, read_manifests
-from pipelines.sounds import FORMAT, inspect_sounds, sound_warnings
+from pipelines.sound_files import FORMAT, inspect_sounds
+from pipelines.sounds import sound_warnings
 from pipelines.sources import check_skipped
 from pipelines.splits import fingerprint, make_splits
 

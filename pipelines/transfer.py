@@ -27,10 +27,11 @@ from pipelines.data import dataset, image_loader, targets_of
 from pipelines.feeds import Feeds
 from pipelines.frozen_part import Examples, FrozenPart
 from pipelines.log_mel import statistics_of
+from pipelines.phase import fit_phase
 from pipelines.prediction import feed_predictor
 from pipelines.probes import L2_PATH, fit, linear_probe, one_thread, paired_difference, scores
 from pipelines.rank import sample_features, stratified_sample
-from pipelines.training import class_weighted, fit_phase
+from pipelines.training import class_weighted
 
 MOST_EXAMPLES = 500  # of the training set that the probes get; more where that is less than two of each class
 SIDE = 32  # pixels of the bare picture: more make a linear model slower, not better
