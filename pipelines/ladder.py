@@ -4,8 +4,8 @@ The rungs are head, light (the top `--light-blocks` blocks too) and full. The ru
 kept, every other is undone. Which rungs are tried is decided on validation:
 
 - light follows head, unless head has everything right on 100 validation examples or more (nor does full follow
-  such a light): no gain could show there, and a lower loss of answers that are all right and all sure says nothing of
-  others. With `spoken_words` light lowered such a loss and lost two points on voices that validation lacks.
+  such a light): no gain could show there, and a lower loss of answers that are all right says only that they are
+  surer. Whoever knows that validation is easier than what will be asked can say `--depth 2`: see `must_beat`.
 - full follows light unless a gain of half a point can be excluded: unless the upper bound of the one-sided 80%
   interval of (accuracy of light - accuracy of head), example by example, lies below +0.5 points. What the top blocks
   bring is the evidence for what the others would. Few examples exclude little, and what is not excluded is tried:
@@ -201,12 +201,22 @@ def fit_from(start: list[tuple], fit: Callable, **arguments) -> dict:
     return phase
 
 
-def after(phases: list[dict]) -> dict:
+def after(phases: list[dict], depth: str) -> dict:
     """What `fit_phase` is told of the phases before the next one: where order and logs go on, what must be beaten."""
     # The order of the data is that of a run of this phase alone: full gives what --depth full would have given.
     first_epoch = 0 if "solver" in phases[0] else phases[0]["epochs"]
     aside = sum(phase["epochs"] for phase in phases[1:])
-    return {"first_epoch": first_epoch, "epochs_aside": aside, "best_val_loss": best_phase(phases)["val_loss"]}
+    return {"first_epoch": first_epoch, "epochs_aside": aside, **must_beat(phases, depth)}
+
+
+def must_beat(phases: list[dict], depth: str) -> dict:
+    """What an epoch of the next phase must be better than to be kept, as `fit_phase` takes it.
+
+    The lowest validation loss so far. But where the head has all of validation right, a lower loss says only that it
+    is surer, and validation cannot choose: a depth that was asked for is then kept where it has all right too.
+    """
+    all_right = phases[0]["climb"]["val_accuracy"] == 1
+    return {"best_val_loss": best_phase(phases)["val_loss"], "or_all_right": all_right and depth != "auto"}
 
 
 def best_phase(phases: list[dict]) -> dict:
@@ -236,7 +246,9 @@ def gain_verdict(what: str, head: dict, best: dict) -> str:
         return f"{what} was worth it: {gain:+.1f} points over the head alone ({before:.3f})."
     words = metric.replace("_", " ")
     change = f"cost {-gain:.1f} points of test {words}" if gain < 0 else f"left test {words} as it was"
-    return f"{what} lowered the validation loss, yet {change} (head alone: {before:.3f})."
+    lower = best["climb"]["val_loss"] < head["climb"]["val_loss"]
+    did = "lowered the validation loss" if lower else "had all of validation right, as the head alone has"
+    return f"{what} {did}, yet {change} (head alone: {before:.3f})."
 
 
 def verdicts(phases: list[dict]) -> list[str]:

@@ -46,6 +46,7 @@ def fit_phase(
     first_epoch: int = 0,
     epochs_aside: int = 0,
     best_val_loss: float = math.inf,
+    or_all_right: bool = False,
     deadline: float = math.inf,
     guard=None,
     recovery: Recovery | None = None,
@@ -62,6 +63,7 @@ def fit_phase(
         first_epoch: epochs of earlier phases: data order and logs go on from there.
         epochs_aside: of phases that this one does not go on from: only the logs go on from there.
         best_val_loss: what must be beaten; if no epoch does, the model leaves as it came.
+        or_all_right: an epoch that has all of validation right need not beat it, only the others of its phase.
         deadline: of time.perf_counter(); the epoch in which it passes is the last.
         guard: a `ForgettingGuard`: its figures go into the history; an epoch beyond its limit is the last, not kept.
         recovery: saves where training is, and knows where an earlier process has been; turned to this phase.
@@ -87,7 +89,8 @@ def fit_phase(
         rate = learning_rate * (state[0]["rate_factor"] if state else 1.0)
         updates = make_updates(model, feed, rate, steps * epochs, moving, options, strategy, spec)
         model.optimizer = updates.optimizer  # what Keras callbacks read
-        new = {"best_val_loss": best_val_loss, "best_weights": [weight.numpy() for weight in moving]}
+        new = {"best_val_loss": math.inf if or_all_right else best_val_loss}
+        new |= {"best_weights": [weight.numpy() for weight in moving]}
         progress = put_back(state, updates.variables) if state else Progress(**new)
         recovery.watch(progress, updates.variables)
         return updates, progress
@@ -108,7 +111,8 @@ def fit_phase(
             with stopping.held():
                 with updates.validating():
                     drift, forgot = look_back(guard, strategy)
-                    is_best = val_loss < progress.best_val_loss and not forgot
+                    may_be_kept = val_loss < best_val_loss or val_accuracy == 1
+                    is_best = may_be_kept and val_loss < progress.best_val_loss and not forgot
                     if is_best:
                         on_best(model)
                     progress.book(val_loss, right, [weight.numpy() for weight in moving] if is_best else None)
@@ -209,6 +213,10 @@ def head_fit(model: Classifier, feed: Feed, options, strategy, **more) -> tuple[
     at_hand = summed(strategy, np.float64([feed.features is not None]))[0] == shard_of(strategy)[1]  # for every worker
     if at_hand and options.head_solver == "auto":
         return 0.0, functools.partial(fit_head_by_lbfgs, model, strategy)
+    if not getattr(model, "objective", None):
+        # From zeros, as L-BFGS: what is random where the training set has no say stays, and is wrong elsewhere. On
+        # unseen voices of `spoken_words` such heads got 0.93 to 0.98 right, and those from zeros 0.98.
+        model.head.kernel.assign(np.zeros(model.head.kernel.shape, np.float32))
     rate = options.head_learning_rate
     more |= {"epochs": options.head_epochs, "learning_rate": rate, "strategy": strategy}
     return rate, functools.partial(fit_phase, model, "head", **more)

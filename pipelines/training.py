@@ -73,7 +73,7 @@ def fit_two_phase(
 
     With --depth auto the phases are the rungs of `pipelines.ladder`: head, light and full, for as long as it may pay.
     With any other depth they are head and fine_tune. A phase that does not improve validation is undone: the model
-    leaves with the weights of the best one.
+    leaves with the weights of the best one. (Where validation cannot tell, see `pipelines.ladder.must_beat`.)
 
     Args:
         loader: augmentation name -> `load` function for `pipelines.data.dataset`; also called with
@@ -155,7 +155,7 @@ def fit_two_phase(
             start = ladder.starting_weights(weights, model.head.weights, simplest)
         feed = feeds.fine_tune(cuts[len(phases)], tuning)
         more = {"epochs": epochs, "learning_rate": rate, "deadline": clock.deadline, "guard": guard.begin(feed)}
-        more |= {"recovery": recovery, **ladder.after(phases), **by_steps}
+        more |= {"recovery": recovery, **ladder.after(phases, depth), **by_steps}
         fit = functools.partial(fit_phase, model, name, **more)
         run_phase(name, feed, rate, functools.partial(ladder.fit_from, start, fit))
     if config.guards.wise_ft:

@@ -116,9 +116,7 @@ def row_difference(one, other) -> float:
     return float(np.max(np.abs(one - other), initial=0.0) / max(1.0, np.max(np.abs(other), initial=0.0)))
 
 
-def check_padding(
-    session, signature, class_names, thresholds=None, unsure_below=None, pads: bool = False
-) -> str:
+def check_padding(session, signature, class_names, thresholds=None, unsure_below=None, pads: bool = False) -> str:
     """How a signature answers a row that the server padded to the size of its neighbour; "" where rows have one size.
 
     Padding repeats the input's first element in every free dimension but the batch (AddPadding of

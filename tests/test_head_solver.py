@@ -72,6 +72,20 @@ def test_the_penalty_is_chosen_on_validation(multi_label):
     assert [step["loss"] for step in path] == sorted((step["loss"] for step in path), reverse=True)
 
 
+def test_fine_tuning_starts_from_the_simplest_head_that_has_all_of_validation_right():
+    random = np.random.default_rng(0)
+    labels = np.arange(600) % 4
+    features = (random.normal(size=(600, 16)) + 4 * np.eye(4, 16)[labels]).astype(np.float32)
+    targets, weights = np.eye(4, dtype=np.float32)[labels], np.ones(300, np.float32)
+    clear = np.sort(features[:, :4], axis=1)
+    clear = np.flatnonzero((clear[:, -1] - clear[:, -2] > 2) & (features[:, :4].argmax(1) == labels))
+    val = clear[clear >= 300]
+    _, path, best, simplest = solve_head(features[:300], targets[:300], weights, features[val], targets[val])
+    assert path[best]["val_accuracy"] == path[simplest]["val_accuracy"] == 1 and simplest < best
+    assert all(step["val_accuracy"] < 1 for step in path[:simplest])
+    assert path[simplest]["val_loss"] > 10 * path[best]["val_loss"]  # far beyond what loss alone would allow
+
+
 def test_a_feature_that_never_changes_does_no_harm():
     features, targets, weights = made_problem()
     features[:, 3] = 7.0

@@ -111,6 +111,14 @@ def test_no_rung_follows_where_many_validation_examples_are_all_right():
     assert ladder.decide([nearly], AUTO, 0.0, 100.0, 10.0)[0]
 
 
+def test_a_depth_that_was_asked_for_is_kept_where_validation_cannot_tell():
+    head = phase("head", val_accuracy=1.0) | {"kept": True, "val_loss": 0.0002}
+    assert ladder.must_beat([head], "2") == {"best_val_loss": 0.0002, "or_all_right": True}
+    assert ladder.must_beat([head], "auto") == {"best_val_loss": 0.0002, "or_all_right": False}
+    head["climb"]["val_accuracy"] = 0.99
+    assert ladder.must_beat([head], "2") == {"best_val_loss": 0.0002, "or_all_right": False}
+
+
 def test_the_next_rung_is_guessed_from_the_last():
     by_solver, by_steps = phase("head", 10.0, solver="lbfgs"), phase("head", 30.0)
     assert ladder.seconds_needed([by_solver], AUTO, 6, epochs=4) == 40.0

@@ -60,13 +60,13 @@ def test_transcripts_are_split_and_numbered(tmp_path):
     file = write_transcripts(tmp_path / "clips")
     splits, counts = load_transcripts(find_transcripts(str(file)), "letters", 30.0)
     assert list(counts) == [" ", "a", "b", "c"]
-    assert sum(table.num_rows for table in splits) == 24 and all(table.num_rows for table in splits)
+    assert sum(table.num_rows for table in splits) == 48 and all(table.num_rows for table in splits)
     for table in splits:
         for text, places in zip(table["text"].to_pylist(), table["characters"].to_pylist()):
             assert "".join(" abc"[place] for place in places if place >= 0) == text
     again, _ = load_transcripts(find_transcripts(str(file)), "letters", 0.5)
     assert "longer than --longest-seconds 0.5" in " ".join(again.warnings)
-    with pytest.raises(GraftError, match="0 of 24 clips can be used"):
+    with pytest.raises(GraftError, match="0 of 48 clips can be used"):
         load_transcripts(find_transcripts(str(file)), "letters", 0.1)
     with pytest.raises(GraftError, match="expected a manifest of transcripts"):
         find_transcripts("")
@@ -244,14 +244,14 @@ def test_commands_on_a_recogniser(folder, run_dir, tmp_path, capsys):
         {row["path"]: row["transcript"] for row in csv.DictReader(path.open())}
         for path in (tmp_path / "out.csv", tmp_path / "e" / "predictions.csv")
     )
-    assert answers == scored and len(answers) == 24
+    assert answers == scored and len(answers) == 48
     rates = json.loads((tmp_path / "e" / "metrics.json").read_text())["test"]
-    assert rates["examples"] == 24 and 0 < rates["character_error_rate"] < 0.7  # it has seen most of them
+    assert rates["examples"] == 48 and 0 < rates["character_error_rate"] < 0.7  # it has seen most of them
     assert "<audio" in (tmp_path / "e" / "report.html").read_text()
     shards = ["--input", str(clips / "transcripts.csv"), "--output", str(tmp_path / "shards")]
     assert main(["predict", str(run_dir), *shards]) == 0
     table = parquet.read_table(tmp_path / "shards" / "answers").to_pydict()
-    assert table["transcript"] == [answers[path] for path in sorted(answers)] and len(table["confidence"]) == 24
+    assert table["transcript"] == [answers[path] for path in sorted(answers)] and len(table["confidence"]) == 48
 
     with running("--model_base_path", run_dir / "serving" / "run", "--model_name", "run", name="run") as (rest, *_):
         capsys.readouterr()
@@ -278,14 +278,16 @@ def test_commands_on_a_recogniser(folder, run_dir, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_page_shows_what_was_said(folder, run_dir, browser):  # noqa: F811
-    clip = (folder / "clips" / "003.wav").read_bytes()
+    clips = [path.read_bytes() for path in sorted((folder / "clips").glob("*.wav"))]
     with Session(run_dir / "serving" / "run" / "1") as session:
-        said = session.run("serving_default", {"audio_bytes": [clip]})["transcript"][0].decode()
+        heard = [text.decode() for text in session.run("serving_default", {"audio_bytes": clips})["transcript"]]
+    # So small a network may hear nothing in a clip, and in which one differs between machines.
+    place, said = next((place, text) for place, text in enumerate(heard) if text)
     words = ("--model_base_path", run_dir / "serving" / "run", "--model_name", "photos")
     with running(*words, name="photos") as (rest, *_), opened(browser, rest) as page:
-        drop(page, "003.wav", clip)
+        drop(page, "a.wav", clips[place])
         (card,) = cards(page)
-        assert said and card.locator("blockquote").inner_text() == said
+        assert card.locator("blockquote").inner_text() == said
         assert "confidence" in card.inner_text() and "transcript" not in card.inner_text()
 
 

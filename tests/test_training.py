@@ -188,8 +188,8 @@ def test_phases_move_what_they_should_and_nothing_else(splits):
 
 
 def test_batch_norm_trains_when_asked_and_its_statistics_are_those_of_the_best_epoch(splits):
-    options = {"train_batch_norm": True, "depth": "1", "schedule": "constant", "fine_tune_learning_rate": 0.5}
-    model, (_, fine_tune) = train(splits, fine_tune_epochs=8, patience=2, **options)
+    options = {"train_batch_norm": True, "depth": "1", "schedule": "constant", "fine_tune_learning_rate": 1.0}
+    model, (_, fine_tune) = train(splits, fine_tune_epochs=8, patience=2, label_smoothing=0.3, **options)
     assert fine_tune["weights"] == {"frozen": 12, "trainable": 8, "still": 0}  # gamma, beta, mean, variance
     assert fine_tune["best_epoch"] < fine_tune["epochs"] and fine_tune["val_loss"] > 1e-3
     assert validation_loss(model, splits) == pytest.approx(fine_tune["val_loss"], rel=1e-3)
@@ -330,7 +330,7 @@ class Wrecker(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         lowest = self.model.blocks[0].layers[0]
         if lowest.trainable:
-            lowest.kernel.assign(lowest.kernel * -3.0)
+            lowest.kernel.assign(lowest.kernel * 0.0)
 
 
 def test_a_rung_that_makes_validation_worse_is_undone(splits):
@@ -340,7 +340,7 @@ def test_a_rung_that_makes_validation_worse_is_undone(splits):
         "on_best": lambda name, model: best.update({name: [weight.numpy() for weight in model.weights]}),
         "on_end": lambda phase, logits_of: left.append(logits_of(splits.test)),
     }
-    options = {"cache": "memory", "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01}
+    options = {"cache": "memory", "head_solver": "sgd", "fine_tune_epochs": 3, "fine_tune_learning_rate": 0.01}
     model, phases = train(splits, depth="auto", light_blocks=1, hooks=hooks, **options)
     assert [phase["kept"] for phase in phases] == [True, True, False]
     assert phases[2]["climb"]["val_loss"] > phases[1]["val_loss"] == phases[2]["val_loss"]
@@ -349,6 +349,13 @@ def test_a_rung_that_makes_validation_worse_is_undone(splits):
         np.testing.assert_array_equal(weight.numpy(), saved)
     np.testing.assert_array_equal(left[1], left[2])
     assert validation_loss(model, splits) == pytest.approx(phases[1]["val_loss"], abs=1e-5)
+
+
+def test_a_depth_that_was_asked_for_is_kept_where_both_have_all_of_validation_right(splits):
+    options = {"cache": "memory", "depth": "1", "fine_tune_epochs": 1, "fine_tune_learning_rate": 1e-3}
+    _, (head, fine_tune) = train(splits, **options)
+    assert head["climb"]["val_accuracy"] == fine_tune["climb"]["val_accuracy"] == 1
+    assert fine_tune["kept"] and fine_tune["val_loss"] > head["val_loss"]
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def write_wav2vec2(folder: pathlib.Path, **sizes) -> pathlib.Path:
     return folder
 
 
-def write_transcripts(folder: pathlib.Path, count: int = 24, seed: int = 0) -> pathlib.Path:
+def write_transcripts(folder: pathlib.Path, count: int = 48, seed: int = 0) -> pathlib.Path:
     """A manifest of clips of 2 to 5 tones, each 0.12 s, and which characters they are."""
     random = np.random.default_rng(seed)
     folder.mkdir(parents=True)

@@ -92,6 +92,7 @@ def phases_of(data: str, depth: str, seed: int, image_size: int) -> tuple[list[d
         return token_parts(table, preprocess)
 
     feeding = {"read_inputs": None if kind is image else read_inputs}
+
     def is_far(features):
         return probe_verdict(model, splits, loader, config, feeding["read_inputs"])["verdict"] == "hurts"
 
