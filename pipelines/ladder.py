@@ -139,9 +139,10 @@ def decide(phases: list[dict], rungs: list[tuple], target: float, left: float, n
         return False, f"training {name_of(phases[-1])} went beyond --forgetting-limit"
     if len(phases) == len(rungs):
         return False, "there is nothing more to thaw" if rungs[-1][1] is None else "no more was asked for"
-    name = rungs[len(phases)][0]
+    name, blocks = rungs[len(phases)]
     if name in ("light", "full") and reached == 1 and last.get("val_examples", 0) >= TELLING:
-        return False, f"all {last['val_examples']:,} validation examples are right: no gain could show"
+        tip = f"if what it will be asked is harder, try --depth {blocks or 'full'}"
+        return False, f"all {last['val_examples']:,} validation examples are right: no gain could show; {tip}"
     if left <= 0 or needed > left:
         return False, f"of the budget {max(left, 0):.0f} s are left, and {name} may take {needed:.0f} s"
     if name != "full" or "interval" not in last:

@@ -103,7 +103,8 @@ def test_no_rung_follows_where_many_validation_examples_are_all_right():
     assert ladder.decide([head], AUTO, 0.0, 100.0, 10.0)[0]
     head["climb"]["val_examples"] = 160
     went_on, because = ladder.decide([head], AUTO, 0.0, 100.0, 10.0)
-    assert not went_on and because == "all 160 validation examples are right: no gain could show"
+    assert not went_on and because.startswith("all 160 validation examples are right: no gain could show; ")
+    assert because.endswith("try --depth 2")
     asked_for = [("head", 0), ("fine_tune", 2)]
     assert ladder.decide([head], asked_for, 0.0, 100.0, 10.0)[0]
     nearly = phase("head", val_accuracy=0.99)
@@ -117,6 +118,16 @@ def test_a_depth_that_was_asked_for_is_kept_where_validation_cannot_tell():
     assert ladder.must_beat([head], "auto") == {"best_val_loss": 0.0002, "or_all_right": False}
     head["climb"]["val_accuracy"] = 0.99
     assert ladder.must_beat([head], "2") == {"best_val_loss": 0.0002, "or_all_right": False}
+
+
+def test_what_is_said_of_fine_tuning_that_cost_something():
+    def said(head_loss, accuracy):
+        head, best = phase("head", val_loss=head_loss, test=0.9), phase("fine_tune", val_loss=0.2, test=accuracy)
+        return ladder.gain_verdict("Fine-tuning the top block", head, best)
+
+    assert said(0.3, 0.88).startswith("Fine-tuning the top block lowered the validation loss, yet cost 2.0 points")
+    assert "had all of validation right, as the head alone has, yet left test accuracy as it was" in said(0.1, 0.9)
+    assert "was worth it: +2.0 points" in said(0.1, 0.92)
 
 
 def test_the_next_rung_is_guessed_from_the_last():
