@@ -371,7 +371,7 @@ def test_a_model_of_one_label_refuses_data_with_several(manifest):
 
 def test_the_verdict_is_about_the_headline():
     phases = [
-        {"kept": True, "test": {"accuracy": 0.9, "loss": 0.3, "mean_average_precision": value}}
+        {"kept": True, "climb": {"val_loss": 0.3}, "test": {"accuracy": 0.9, "mean_average_precision": value}}
         for value in (0.700, 0.724)
     ]
     assert facts.verdicts(phases, "2") == [
