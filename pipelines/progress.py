@@ -67,8 +67,7 @@ class Progress:
     def outcome(self) -> dict:
         """What became of the phase, for its dict."""
         rollbacks = {"rollbacks": self.rollbacks} if self.rollbacks else {}
-        val_loss = self.best_val_loss if math.isfinite(self.best_val_loss) else self.own_loss
-        kept = {"kept": self.best_epoch > 0, "val_loss": val_loss}
+        kept = {"kept": self.best_epoch > 0, "val_loss": self.best_val_loss}
         return {**rollbacks, **kept, "right": self.right, "forgot": self.forgot}
 
     @property
